@@ -1,0 +1,131 @@
+"""The command line: a lazy group of commands, and the one place where an error becomes a line and an exit code.
+
+Only click is imported here, so `linocut --help` and shell completion answer in a blink; a command's module is imported
+when that command runs, and heavy libraries inside the command's body. Exit codes: 0 done, 1 a check failed or a bug,
+2 a mistake that the user can mend, 130 interrupted.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NoReturn
+
+import click
+
+from linocut import __version__
+from linocut.errors import Cancelled, LinocutError
+
+# name -> (module:attribute, one line of help). The help is written here so that listing commands imports none of them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("linocut.cli.generate:command", "Draw pictures from prompts."),
+    "quantize": ("linocut.cli.quantize:command", "Turn a model folder into a binary or ternary one."),
+    "inspect": ("linocut.cli.inspect:command", "List a model's tensors, sizes and bits per weight; verify them."),
+    "doctor": ("linocut.cli.doctor:command", "Check this machine, its libraries and every kernel."),
+    "plan": ("linocut.cli.plan:command", "Predict size on disk and peak memory before loading."),
+    "bench": ("linocut.cli.bench:command", "Measure speed and memory per stage."),
+    "train": ("linocut.cli.train:command", "Train or distil a model from a recipe."),
+    "completions": ("linocut.cli.completions:command", "Print a completion script for bash, zsh or fish."),
+}
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def _exists(target: str) -> bool:
+    return find_spec(target.partition(":")[0]) is not None
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a command's module when the command is asked for, not when it is listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, (target, _) in COMMANDS.items() if _exists(target)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS or not _exists(COMMANDS[cmd_name][0]):
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+    def resolve_command(self, ctx: click.Context,
+                        args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
+            from difflib import get_close_matches
+            near = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            advice = f"did you mean {near[0]!r}?" if near else "see 'linocut --help'"
+            raise click.UsageError(f"no command {args[0]!r}; {advice}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False,
+             invoke_without_command=True)
+@click.version_option(__version__, "-V", "--version", prog_name="linocut")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Diffusion transformers with binary and ternary weights: draw, quantize, train, inspect.
+
+    \b
+    linocut generate "two red apples and a blue cup"
+    linocut plan embedded --size 256x256
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def error_line(error: BaseException) -> str:
+    """Return one printable line for an error: its message without line breaks, control characters or a traceback."""
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+    elif isinstance(error, OSError) and not isinstance(error, LinocutError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError):
+        text = "out of memory; choose a smaller size (see 'linocut plan')"
+    else:
+        text = str(error) or type(error).__name__
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # the terminal may have gone away; the exit code still tells
+        click.echo(line, err=True)
+    raise SystemExit(code)
+
+
+def _close_pipe() -> NoReturn:
+    """Leave quietly when the reader of our output went away (`linocut inspect | head`)."""
+    # Python flushes stdout at exit; without a real file behind it that flush would print a second error.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; user errors end as `error: <one line>` with code 2.
+
+    Set `LINOCUT_DEBUG=1` to see the traceback of such an error instead.
+    """
+    try:
+        result = cli.main(list(arguments) if arguments is not None else None, prog_name="linocut",
+                          standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except Cancelled as error:
+        _fail(error_line(error) or "cancelled", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        _close_pipe()
+    except (click.ClickException, LinocutError, OSError, MemoryError) as error:
+        if os.environ.get("LINOCUT_DEBUG"):
+            raise
+        line = error_line(error)
+        if isinstance(error, click.UsageError) and error.ctx is not None and "--help" not in line:
+            line += f" (see '{error.ctx.command_path} --help')"
+        _fail(f"error: {line}", EXIT_USAGE)
+    # In this mode click hands back the code of `ctx.exit(code)`, or whatever the command returned.
+    raise SystemExit(result if isinstance(result, int) else 0)
