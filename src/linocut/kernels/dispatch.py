@@ -1,0 +1,130 @@
+"""y = x @ W.T on packed W: the one door to every kernel.
+
+`linear` and `dequantize` choose the first candidate that gives no reason against itself; `explain` tells all reasons.
+Order: native (C++ decoders), then reference (torch only, always can). `generic` (a C++ scalar product, the slow oracle
+of the C++ side) runs only when asked for. An override is either the environment variable
+`LINOCUT_KERNEL=auto|native|generic|reference` or, in code and for one context only, `use_kernel(name)`.
+
+    >>> with use_kernel("reference"):
+    ...     y = linear(x, codes, scales, None, "ternary")
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linocut.errors import KernelError
+from linocut.kernels.blocked import blocked_backward
+from linocut.kernels.native import Generic, Native
+from linocut.kernels.problem import Candidate, PackedWeight, Problem, checked
+from linocut.kernels.reference import Reference
+
+CANDIDATES: tuple[Candidate, ...] = (Native(), Reference(), Generic())
+_override: ContextVar[str | None] = ContextVar("linocut_kernel", default=None)
+
+
+def candidate(name: str) -> Candidate:
+    """The candidate called `name`; KernelError with the known names if there is none."""
+    for each in CANDIDATES:
+        if each.name == name:
+            return each
+    known = ", ".join(("auto", *(each.name for each in CANDIDATES)))
+    raise KernelError(f"there is no kernel called {name!r} (known: {known}); check LINOCUT_KERNEL or --kernel")
+
+
+def requested() -> str:
+    """The kernel that the user asked for: `use_kernel`, else `LINOCUT_KERNEL`, else "auto"."""
+    return _override.get() or os.environ.get("LINOCUT_KERNEL", "").strip() or "auto"
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Use only the kernel `name` inside the context ("auto": choose freely again)."""
+    if name != "auto":
+        candidate(name)
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def explain(problem: Problem) -> list[tuple[str, str | None]]:
+    """Each candidate in order of preference with None (can run the problem) or the reason why it does not."""
+    reasons: list[tuple[str, str | None]] = []
+    for each in CANDIDATES:
+        reason = each.why_not(problem)
+        if reason is None and not each.automatic:
+            reason = "runs on request only (LINOCUT_KERNEL=" + each.name + ")"
+        reasons.append((each.name, reason))
+    return reasons
+
+
+def select(problem: Problem) -> Candidate:
+    """The kernel for `problem`, honouring an override. KernelError lists every reason if none can."""
+    name = requested()
+    if name != "auto":
+        asked = candidate(name)
+        reason = asked.why_not(problem)
+        if reason is None:
+            return asked
+        raise KernelError(f"kernel {name!r} was asked for but cannot run {problem}: {reason}; unset LINOCUT_KERNEL")
+    for each in CANDIDATES:
+        if each.automatic and each.why_not(problem) is None:
+            return each
+    listed = "; ".join(f"{each}: {reason}" for each, reason in explain(problem))
+    raise KernelError(f"no kernel can run {problem}: {listed}")
+
+
+def linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str,
+           bias: Tensor | None = None) -> Tensor:
+    """y[..., O] = x[..., N] @ W.T (+ bias[O]) in x's dtype, W[O, N] packed as codes, scales (and zeros for affine4).
+
+    Weights are frozen: gradients flow to x and bias only.
+    """
+    weight = checked(codes, scales, zeros, encoding, x.shape[-1])
+    if codes.device != x.device:
+        raise KernelError(f"x is on {x.device} and the packed weight on {codes.device}; move them together")
+    chosen = select(Problem.of(x, codes, encoding))
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] == 0 or weight.o == 0:
+        y = flat.new_zeros((flat.shape[0], weight.o))
+    elif x.requires_grad and torch.is_grad_enabled():
+        y = _FrozenLinear.apply(flat, weight, chosen)
+    else:
+        y = chosen.linear(flat, weight)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.view(*x.shape[:-1], weight.o)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str, n: int,
+               dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
+    """W[o, N] in `dtype` on the tensors' device: all rows, a slice of them, or those that an index tensor names."""
+    weight = checked(codes, scales, zeros, encoding, n)
+    if rows is not None:
+        picked = None if weight.zeros is None else weight.zeros[rows]
+        weight = PackedWeight(weight.codes[rows], weight.scales[rows], picked, encoding, n)
+    out = torch.empty((weight.o, n), dtype=dtype, device=codes.device)
+    if weight.o:
+        problem = Problem(codes.device.type, dtype, 1, n, weight.o, encoding)
+        select(problem).decode(weight, out)
+    return out
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`Candidate.linear` with a gradient for x that decodes the weight again instead of keeping a float copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, chosen: Candidate) -> Tensor:
+        ctx.weight, ctx.chosen = weight, chosen
+        return chosen.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return blocked_backward(grads[0].contiguous(), ctx.weight, ctx.chosen.decode), None, None
