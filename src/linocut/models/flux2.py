@@ -1,0 +1,381 @@
+"""The FLUX.2 diffusion transformer (klein class): five double-stream and twenty single-stream blocks at klein's size.
+
+Parameter names and shapes equal those of diffusers' `Flux2Transformer2DModel`, so the published weights load as they
+are. Every Linear is bias-free, and all of them may be replaced by packed ones (`linocut.models.convert`).
+
+Shape letters: B batch, T text tokens, I image tokens, S = T + I, D width, H heads, K head width (D = H * K),
+M MLP width, C latent channels, E text feature width.
+
+Precision: activations have the dtype of the latents (or autocast's). Normalization of q and k, rotation and the time
+embedding are computed in float32, layer norms accumulate in float32. Nothing in `forward` depends on tensor values,
+so it compiles to one graph and trains under autocast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linocut.errors import FormatError, UsageError
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each float32 [S, 1, K/2]: broadcast over heads
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Flux2Config:
+    """Shape of the transformer, in diffusers' words. The defaults are FLUX.2 klein 4B."""
+
+    in_channels: int = 128
+    out_channels: int | None = None
+    num_layers: int = 5
+    num_single_layers: int = 20
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 7680
+    timestep_guidance_channels: int = 256
+    mlp_ratio: float = 3.0
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: int = 2000
+    eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def velocity_channels(self) -> int:
+        return self.out_channels or self.in_channels
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Flux2Config:
+        """Read a diffusers `config.json`. Keys that do not shape the network are ignored; absent ones are an error.
+
+        Raises FormatError for a missing key, a value out of range, or a variant that this network is not.
+        """
+        for key, needed in (("patch_size", 1), ("guidance_embeds", False)):
+            if config.get(key, needed) != needed:
+                raise FormatError(f"unsupported FLUX.2 variant: {key}", expected=needed, found=config[key],
+                                  advice="only klein-class transformers are implemented")
+        optional = {"out_channels", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps"}
+        values = {}
+        for field in fields(cls):
+            if field.name in config:
+                values[field.name] = config[field.name]
+            elif field.name not in optional:
+                raise FormatError(f"key {field.name!r} is missing in the transformer's config.json")
+        axes = values.get("axes_dims_rope", cls.axes_dims_rope)
+        try:
+            values["axes_dims_rope"] = tuple(axes)
+            result = cls(**values)
+            result._validate()
+        except TypeError as error:
+            raise FormatError(f"the transformer's config.json holds a value of a wrong type: {error}") from error
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diffusers `config.json` of this network."""
+        return {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "guidance_embeds": False,
+                **asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+
+    def _validate(self) -> None:
+        integers = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim",
+                    "timestep_guidance_channels", "num_layers", "num_single_layers")
+        for name in integers:
+            value, least = getattr(self, name), 0 if "layers" in name else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise FormatError(f"transformer config: {name}", expected=f"an integer >= {least}", found=repr(value))
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(n % 2 for n in self.axes_dims_rope):
+            raise FormatError("transformer config: axes_dims_rope", found=self.axes_dims_rope,
+                              expected=f"even numbers that add up to attention_head_dim = {self.attention_head_dim}")
+        if self.timestep_guidance_channels % 2:
+            raise FormatError("transformer config: timestep_guidance_channels", expected="an even number",
+                              found=self.timestep_guidance_channels)
+
+
+# ------------------------------------------------------------------------------------------- positions and time
+
+def text_position_ids(tokens: int, device: torch.device | str | None = None) -> Tensor:
+    """Ids (T, H, W, L) of `tokens` text tokens: (0, 0, 0, l). int64 [T, 4]."""
+    ids = torch.zeros(tokens, 4, dtype=torch.int64, device=device)
+    ids[:, 3] = torch.arange(tokens, device=device)
+    return ids
+
+
+def image_position_ids(height: int, width: int, time: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Ids (T, H, W, L) of a grid of latent tokens, row-major: (time, h, w, 0). int64 [height * width, 4].
+
+    `time` is 0 for the picture that is drawn; the i-th reference picture (from 0) uses 10 + 10 * i.
+    """
+    rows = torch.arange(height, device=device)[:, None].expand(height, width)
+    columns = torch.arange(width, device=device)[None, :].expand(height, width)
+    return torch.stack([torch.full_like(rows, time), rows, columns, torch.zeros_like(rows)], dim=-1).reshape(-1, 4)
+
+
+def rope_tables(ids: Tensor, axes: tuple[int, ...], theta: float) -> Rope:
+    """Rotation tables of tokens with ids [S, len(axes)]: cos and sin, float32 [S, 1, sum(axes) / 2].
+
+    Each axis owns its share of the channels; angles are computed in float64 (float32 where the device has no float64).
+    """
+    dtype = torch.float32 if ids.device.type == "mps" else torch.float64
+    angles = []
+    for axis, channels in enumerate(axes):
+        exponents = torch.arange(0, channels, 2, dtype=dtype, device=ids.device) / channels
+        angles.append(ids[:, axis, None].to(dtype) * (1.0 / theta**exponents))
+    angle = torch.cat(angles, dim=-1)[:, None]
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate adjacent channel pairs of x [B, S, H, K] (float32) by the tables' angles."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def time_features(sigma: Tensor, channels: int) -> Tensor:
+    """Sinusoidal features of sigma [B] in [0, 1]: cosines first, then sines. float32 [B, channels]."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=sigma.device) / half)
+    angle = (sigma.float() * 1000)[:, None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------ blocks
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Parameter-free layer norm of x [B, S, D], then (1 + scale) * x + shift, both [B, 1, D]."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu of the first half of the channels times the second half."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention over tokens; q, k, v [B, S, H, K] to [B, S, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def clip_float16(x: Tensor) -> Tensor:
+    """Keep a float16 residual stream finite, where diffusers does; other dtypes have the range."""
+    return x.clip(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over head channels with a learned weight. The result is float32, whatever goes in."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+
+
+class Modulation(nn.Module):
+    """One Linear from the activated time embedding to `sets` triples (shift, scale, gate) of width D."""
+
+    def __init__(self, width: int, sets: int) -> None:
+        super().__init__()
+        self.sets = sets
+        self.linear = nn.Linear(width, 3 * sets * width, bias=False)
+
+    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(activated)[:, None].chunk(3 * self.sets, dim=-1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU MLP of a double-stream block."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.linear_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_out(swiglu(self.linear_in(x)))
+
+
+class JointAttention(nn.Module):
+    """Attention of a double-stream block: text and image have their own projections and attend to both."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        width, head, eps = config.width, config.attention_head_dim, config.eps
+        self.head_width = head
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.add_q_proj = nn.Linear(width, width, bias=False)
+        self.add_k_proj = nn.Linear(width, width, bias=False)
+        self.add_v_proj = nn.Linear(width, width, bias=False)
+        self.norm_q, self.norm_k = RMSNorm(head, eps), RMSNorm(head, eps)
+        self.norm_added_q, self.norm_added_k = RMSNorm(head, eps), RMSNorm(head, eps)
+        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
+        self.to_add_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_width))
+
+        tokens = text.shape[1]
+        v = torch.cat([heads(self.add_v_proj(text)), heads(self.to_v(image))], dim=1)
+        q = torch.cat([self.norm_added_q(heads(self.add_q_proj(text))), self.norm_q(heads(self.to_q(image)))], dim=1)
+        k = torch.cat([self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))], dim=1)
+        out = attend(rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype), v)
+        return self.to_out[0](out[:, tokens:]), self.to_add_out(out[:, :tokens])
+
+
+class DoubleBlock(nn.Module):
+    """Two residual streams, text and image, that meet in the attention."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn = JointAttention(config)
+        self.ff = FeedForward(config.width, config.mlp_width)
+        self.ff_context = FeedForward(config.width, config.mlp_width)
+
+    def forward(self, image: Tensor, text: Tensor, image_mod: tuple[Tensor, ...], text_mod: tuple[Tensor, ...],
+                rope: Rope) -> tuple[Tensor, Tensor]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = image_mod
+        text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = text_mod
+        image_out, text_out = self.attn(modulate(image, shift, scale, self.eps),
+                                        modulate(text, text_shift, text_scale, self.eps), rope)
+        image = image + gate * image_out
+        image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale, self.eps))
+        text = text + text_gate * text_out
+        text = text + text_mlp_gate * self.ff_context(modulate(text, text_mlp_shift, text_mlp_scale, self.eps))
+        return image, clip_float16(text)
+
+
+class ParallelAttention(nn.Module):
+    """Attention and MLP of a single-stream block side by side, with fused input and output projections."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        width, head = config.width, config.attention_head_dim
+        self.head_width = head
+        self.widths = (width, width, width, 2 * config.mlp_width)
+        self.to_qkv_mlp_proj = nn.Linear(width, sum(self.widths), bias=False)
+        self.norm_q, self.norm_k = RMSNorm(head, config.eps), RMSNorm(head, config.eps)
+        self.to_out = nn.Linear(width + config.mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        q, k, v, hidden = self.to_qkv_mlp_proj(x).split(self.widths, dim=-1)
+        q, k, v = (y.unflatten(-1, (-1, self.head_width)) for y in (q, k, v))
+        out = attend(rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype), v)
+        return self.to_out(torch.cat([out, swiglu(hidden)], dim=-1))
+
+
+class SingleBlock(nn.Module):
+    """One residual stream over text and image tokens together."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn = ParallelAttention(config)
+
+    def forward(self, x: Tensor, mod: tuple[Tensor, ...], rope: Rope) -> Tensor:
+        shift, scale, gate = mod
+        return clip_float16(x + gate * self.attn(modulate(x, shift, scale, self.eps), rope))
+
+
+# ----------------------------------------------------------------------------------------------------- network
+
+class TimestepEmbedder(nn.Module):
+    """The two-layer MLP on the time features; its output is not activated."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width, bias=False)
+        self.linear_2 = nn.Linear(width, width, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class Flux2Transformer(nn.Module):
+    """Velocity of the probability flow at noise level sigma, given text features. See `forward`."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.time_guidance_embed = nn.ModuleDict(
+            {"timestep_embedder": TimestepEmbedder(config.timestep_guidance_channels, width)})
+        self.double_stream_modulation_img = Modulation(width, sets=2)
+        self.double_stream_modulation_txt = Modulation(width, sets=2)
+        self.single_stream_modulation = Modulation(width, sets=1)
+        self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, width, bias=False)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.norm_out = nn.ModuleDict({"linear": nn.Linear(width, 2 * width, bias=False)})
+        self.proj_out = nn.Linear(width, config.velocity_channels, bias=False)
+
+    def init_weights(self) -> None:
+        """Weights for training from scratch: the network starts as "velocity 0" and every block as the identity.
+
+        Linears are normal with standard deviation 1 / sqrt(inputs); the modulations, norm_out and proj_out are zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for linear in (self.double_stream_modulation_img.linear, self.double_stream_modulation_txt.linear,
+                       self.single_stream_modulation.linear, self.norm_out["linear"], self.proj_out):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, latents: Tensor, text: Tensor, sigma: Tensor, image_ids: Tensor, text_ids: Tensor,
+                on_block: Callable[[int, int], None] | None = None) -> Tensor:
+        """Predict the velocity (noise minus clean latents).
+
+        latents [B, I, C] noisy latent tokens, text [B, T, E] text features, sigma [B] noise level in [0, 1],
+        image_ids [I, 4] and text_ids [T, 4] positions (`image_position_ids`, `text_position_ids`).
+        on_block(done, total) is called after each block and may raise `Cancelled`. Returns [B, I, C].
+        """
+        config = self.config
+        if text.shape[1] != text_ids.shape[0] or latents.shape[1] != image_ids.shape[0]:
+            raise UsageError(f"one position id per token expected, found {text_ids.shape[0]} ids for {text.shape[1]} "
+                             f"text tokens and {image_ids.shape[0]} ids for {latents.shape[1]} image tokens")
+        features = time_features(sigma, config.timestep_guidance_channels).to(latents.dtype)
+        activated = F.silu(self.time_guidance_embed["timestep_embedder"](features))
+        image_mod = self.double_stream_modulation_img(activated)
+        text_mod = self.double_stream_modulation_txt(activated)
+        single_mod = self.single_stream_modulation(activated)
+        ids = torch.cat([text_ids, image_ids.to(text_ids.device)])
+        cos, sin = rope_tables(ids, config.axes_dims_rope, config.rope_theta)
+        rope = (cos.to(latents.device), sin.to(latents.device))
+
+        total, done = config.num_layers + config.num_single_layers, 0
+        image, stream = self.x_embedder(latents), self.context_embedder(text.to(latents.dtype))
+        for block in self.transformer_blocks:
+            image, stream = block(image, stream, image_mod, text_mod, rope)
+            done += 1
+            if on_block is not None:
+                on_block(done, total)
+        x = torch.cat([stream, image], dim=1)
+        for block in self.single_transformer_blocks:
+            x = block(x, single_mod, rope)
+            done += 1
+            if on_block is not None:
+                on_block(done, total)
+        scale, shift = self.norm_out["linear"](activated)[:, None].chunk(2, dim=-1)
+        return self.proj_out(modulate(x[:, text.shape[1]:], shift, scale, config.eps))
