@@ -1,0 +1,255 @@
+"""Data-free rounding of weights to binary, ternary and affine4 groups, and the straight-through form for training.
+
+Shape letters: O out-features (rows), N in-features (columns), G groups along N, g weights in a group
+(128 for binary and ternary, 64 for affine4). Weights keep the units of the source; all arithmetic is float32.
+
+Every scale is rounded to FP16 and clamped to [2^-24, 65504] *before* codes are derived from it or an error is
+measured, so what is optimised here is what a packed file decodes to. A binary 0 becomes +1; a ternary group without
+a kept weight gets the smallest scale and all zeros.
+
+Two methods:
+- `exact` is the optimum for the weights as they are: for ternary the argmax over k of S_k^2 / k, where S_k sums the k
+  largest magnitudes (the threshold that results is always half the scale); for affine4 a search over clipped ranges.
+- `tied` is the cheap closed form that the training forward pass uses (ternary: threshold 0.75 mean|w| with the
+  least-squares scale; affine4: min/max). A trained student must be stored with it, or its weights would change.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linocut.errors import FormatError, UsageError
+from linocut.formats.packed import AFFINE_GROUP_SIZE, ENCODINGS, GROUP_SIZE, PackedTensor, dequantize, pack
+
+SCALE_MIN = 2.0**-24
+SCALE_MAX = 65504.0
+TERNARY_THRESHOLD = 0.75
+METHODS = ("exact", "tied")
+# Fractions of a group's range that the affine4 search tries; clipping the tails often lowers the squared error.
+_AFFINE_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Weights per block when a whole tensor is rounded: float32 temporaries of 2 MiB stay in cache, memory stays flat.
+_BLOCK_WEIGHTS = 1 << 19
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """Round positive float32 scales to the nearest FP16 value (ties to even) in [2^-24, 65504], as float32.
+
+    Done in float32 and int32 arithmetic: compilers are free to drop a float32 -> float16 -> float32 round trip, and
+    then a compiled training step would see other scales than the exported file holds.
+    """
+    scale = scale.clamp(SCALE_MIN, SCALE_MAX)
+    bits = scale.view(torch.int32)
+    normal = ((bits + (0xFFF + ((bits >> 13) & 1))) & -0x2000).view(torch.float32)
+    subnormal = (scale + 0.5) - 0.5  # in [0.5, 1) float32 has the step 2^-24 of FP16's subnormals
+    return torch.where(scale < 2.0**-14, subnormal, normal)
+
+
+def quantize_binary(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest binary weights: values int8 [O, N] of -1/+1 and scales float32 [O, G] = mean|w| of each group."""
+    grouped = _grouped(w, GROUP_SIZE)
+    values, scales = _binary(grouped)
+    return values.to(torch.int8).view(w.shape), scales.squeeze(-1)
+
+
+def quantize_ternary(w: Tensor, method: str = "exact") -> tuple[Tensor, Tensor]:
+    """Ternary weights: values int8 [O, N] of -1/0/+1 and scales float32 [O, G]; least squares if method is exact."""
+    grouped = _grouped(w, GROUP_SIZE)
+    values, scales = _ternary_exact(grouped) if _check_method(method) == "exact" else _ternary_tied(grouped)
+    return values.to(torch.int8).view(w.shape), scales.squeeze(-1)
+
+
+def quantize_affine4(w: Tensor, method: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
+    """4-bit weights w = (code - zero) * scale: codes uint8 [O, N], scales float32 [O, G], zeros uint8 [O, G]."""
+    grouped = _grouped(w, AFFINE_GROUP_SIZE)
+    signed, scales, zeros = _affine_search(grouped) if _check_method(method) == "exact" else _affine_range(grouped)
+    codes = (signed + zeros).to(torch.uint8).view(w.shape)
+    return codes, scales.squeeze(-1), zeros.squeeze(-1).to(torch.uint8)
+
+
+def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str | None = None) -> PackedTensor:
+    """Round a weight [O, N] and pack it into the file layout, in row blocks with flat memory.
+
+    `method="tied"` stores exactly the values of `fake_quantize(w, encoding)`. `name` only serves error messages.
+    Raises FormatError for NaN or infinite weights and for an N that is no multiple of the group size.
+    """
+    _check_encoding(encoding)
+    _check_method(method)
+    if w.ndim != 2:
+        raise FormatError("only matrices can be packed", tensor=name, expected="2 dimensions", found=tuple(w.shape))
+    blocks = []
+    rows = max(1, _BLOCK_WEIGHTS // max(1, w.shape[1]))
+    for start in range(0, w.shape[0], rows):
+        block = w.detach()[start : start + rows].float()
+        if not bool(torch.isfinite(block).all()):
+            raise FormatError("weights are not all finite", tensor=name, expected="finite values", found="NaN or inf",
+                              advice="the source is damaged or was saved from a diverged run")
+        zeros = None
+        if encoding == "binary":
+            values, scales = quantize_binary(block)
+        elif encoding == "ternary":
+            values, scales = quantize_ternary(block, method)
+        else:
+            values, scales, zeros = quantize_affine4(block, method)
+        blocks.append(pack(values.cpu().numpy(), scales.cpu().numpy(), encoding,
+                           zeros=None if zeros is None else zeros.cpu().numpy()))
+    return _stack(blocks, tuple(w.shape))
+
+
+def relative_error(w: Tensor, packed: PackedTensor) -> float:
+    """Relative squared error |w - q|^2 / |w|^2 of a packed tensor against its source (0.0 for an all-zero source)."""
+    error, energy = squared_error(w, packed)
+    return error / energy if energy else 0.0
+
+
+def squared_error(w: Tensor, packed: PackedTensor) -> tuple[float, float]:
+    """(|w - q|^2, |w|^2) summed in float64: the two numbers add up over row blocks and layers."""
+    rows = max(1, _BLOCK_WEIGHTS // max(1, packed.shape[1]))
+    error = energy = 0.0
+    for start in range(0, packed.shape[0], rows):
+        stop = min(start + rows, packed.shape[0])
+        block = w.detach()[start:stop].float().cpu()
+        difference = block - torch.from_numpy(dequantize(packed, slice(start, stop)))
+        error += float((difference * difference).sum(dtype=torch.float64))
+        energy += float((block * block).sum(dtype=torch.float64))
+    return error, energy
+
+
+def fake_quantize(w: Tensor, encoding: str, eps: float | Tensor = 0.0, clip: float | None = None) -> Tensor:
+    """The quantized weights as a differentiable function of w [O, N], for training (any device, torch.compile).
+
+    Forward: q + eps * (w - q), with q the tied rounding; at eps 0 the result is bit for bit what
+    `quantize_tensor(w, encoding, method="tied")` decodes to (for float32 w). Annealing eps from about 0.5 to 0 keeps
+    weights from getting stuck in the dead zone. Backward: straight through, i.e. the identity; with `clip` the
+    gradient is cut where |w| > clip * scale. Computed in float32, returned in w's dtype.
+    """
+    _check_encoding(encoding)
+    return _StraightThrough.apply(w, encoding, eps, clip)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: quantized weights. Backward: the gradient passes unchanged, or masked where the weight is clipped."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, encoding: str, eps: float | Tensor, clip: float | None) -> Tensor:
+        size = AFFINE_GROUP_SIZE if encoding == "affine4" else GROUP_SIZE
+        grouped = _grouped(w, size)
+        if encoding == "binary":
+            values, scales = _binary(grouped)
+        elif encoding == "ternary":
+            values, scales = _ternary_tied(grouped)
+        else:
+            values, scales, _ = _affine_range(grouped)
+        q = values * scales
+        ctx.clipped = clip is not None
+        if clip is not None:
+            ctx.save_for_backward((grouped.abs() <= clip * scales).view(w.shape))
+        if isinstance(eps, Tensor) or eps != 0.0:
+            q = q + eps * (grouped - q)
+        return q.view(w.shape).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.clipped:
+            (inside,) = ctx.saved_tensors
+            grad = grad * inside
+        return grad, None, None, None
+
+
+def _check_encoding(encoding: str) -> str:
+    if encoding not in ENCODINGS:
+        raise UsageError(f"unknown encoding {encoding!r}; choose from {', '.join(ENCODINGS)}")
+    return encoding
+
+
+def _check_method(method: str) -> str:
+    if method not in METHODS:
+        raise UsageError(f"unknown rounding method {method!r}; choose from {', '.join(METHODS)}")
+    return method
+
+
+def _grouped(w: Tensor, size: int) -> Tensor:
+    """View w [O, N] as float32 groups [O, G, g]."""
+    if w.ndim != 2 or w.shape[1] % size:
+        raise FormatError("a packed weight is a matrix of whole groups", expected=f"[O, a multiple of {size}]",
+                          found=list(w.shape), advice="leave this layer dense")
+    return w.float().reshape(w.shape[0], w.shape[1] // size, size)
+
+
+def _binary(g: Tensor) -> tuple[Tensor, Tensor]:
+    scales = round_scale(g.abs().mean(-1, keepdim=True))
+    return torch.where(g >= 0, 1.0, -1.0), scales
+
+
+def _ternary_tied(g: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = g.abs()
+    keep = magnitude > TERNARY_THRESHOLD * magnitude.mean(-1, keepdim=True)
+    kept = (magnitude * keep).sum(-1, keepdim=True)
+    scales = round_scale(kept / keep.sum(-1, keepdim=True).clamp_min(1))
+    return g.sign() * keep, scales
+
+
+def _ternary_exact(g: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = g.abs()
+    sums = _descending(magnitude).cumsum(-1)
+    counts = torch.arange(1, g.shape[-1] + 1, dtype=torch.float32, device=g.device)
+    best = (sums * sums / counts).argmax(-1, keepdim=True)
+    scales = round_scale(sums.gather(-1, best) / (best + 1))
+    # At the optimum the threshold is half the scale. Taking it from the *stored* scale keeps the codes nearest even
+    # where rounding or clamping moved the scale (a group of weights below 2^-25 becomes all zeros).
+    keep = magnitude > 0.5 * scales
+    scales = torch.where(keep.any(-1, keepdim=True), scales, SCALE_MIN)
+    return g.sign() * keep, scales
+
+
+def _descending(magnitude: Tensor) -> Tensor:
+    """Sort each group by falling magnitude."""
+    if magnitude.device.type != "cpu":
+        return magnitude.sort(-1, descending=True).values
+    # torch's CPU sort also carries indices; numpy's plain sort is about 20 times faster.
+    ascending = torch.from_numpy(np.sort(-magnitude.numpy(), axis=-1))
+    return ascending.neg_()
+
+
+def _affine_range(g: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes - zero, scales, zeros) as float32, from the range of each group times `shrink`; 0 is always exact."""
+    low = g.amin(-1, keepdim=True).clamp(max=0.0) * shrink
+    high = g.amax(-1, keepdim=True).clamp(min=0.0) * shrink
+    scales = round_scale((high - low) / 15.0)
+    zeros = (-low / scales).round().clamp(0.0, 15.0)
+    return _nearest(g, scales, zeros), scales, zeros
+
+
+def _nearest(g: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum((g / scales).round(), -zeros), 15.0 - zeros)
+
+
+def _affine_search(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of several clipped ranges per group, then one least-squares step of the scale where it helps."""
+    signed, scales, zeros = _affine_range(g)
+    error = _squared(g, signed, scales)
+    for shrink in _AFFINE_SHRINKS[1:]:
+        signed, scales, zeros, error = _better(g, (signed, scales, zeros, error), _affine_range(g, shrink))
+    refined = round_scale((g * signed).sum(-1, keepdim=True) / signed.square().sum(-1, keepdim=True).clamp_min(1.0))
+    candidate = (_nearest(g, refined, zeros), refined, zeros)
+    return _better(g, (signed, scales, zeros, error), candidate)[:3]
+
+
+def _better(g: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    error = _squared(g, new[0], new[1])
+    wins = error < old[3]
+    return tuple(torch.where(wins, fresh, kept) for fresh, kept in zip((*new, error), old, strict=True))
+
+
+def _squared(g: Tensor, signed: Tensor, scales: Tensor) -> Tensor:
+    return (signed * scales).sub_(g).square_().sum(-1, keepdim=True)
+
+
+def _stack(blocks: list[PackedTensor], shape: tuple[int, int]) -> PackedTensor:
+    """Join row blocks into one packed tensor."""
+    if len(blocks) == 1:
+        return blocks[0]
+    zeros = None if blocks[0].zeros is None else np.concatenate([block.zeros for block in blocks])
+    return PackedTensor(blocks[0].encoding, shape, np.concatenate([block.codes for block in blocks]),
+                        np.concatenate([block.scales for block in blocks]), zeros)
