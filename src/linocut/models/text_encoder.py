@@ -1,0 +1,234 @@
+"""The text encoder: a Qwen3 language model, cut off after the last layer whose output is used.
+
+FLUX.2 klein reads a prompt through the hidden states of three layers of Qwen3-4B, joined per token. Nothing after
+the last of them is ever built or loaded, so 27 of klein's 36 layers suffice.
+
+Shape letters: B batch, T text tokens, D width, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linocut.errors import FormatError, UsageError
+from linocut.models.prompt_tokenizer import PromptTokenizer
+
+__all__ = ["PromptTokenizer", "Qwen3Config", "Qwen3Encoder"]
+
+OnLayer = Callable[[int, int], None]
+
+_LAYER_KEY = re.compile(r"layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Sizes of a Qwen3 model, named as in its `config.json`. The defaults are those of Qwen3-4B."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise FormatError("query heads are not a multiple of key/value heads", path="text_encoder/config.json",
+                              expected=f"a multiple of {self.num_key_value_heads}", found=self.num_attention_heads)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Qwen3Config:
+        """Read a Hugging Face `config.json`, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+        Raises FormatError for what this stack does not compute: another activation, biases, sliding windows,
+        stretched rotary positions.
+        """
+        where = "text_encoder/config.json"
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        for key, found, expected in (
+            ("model_type", config.get("model_type", "qwen3"), "qwen3"),
+            ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+            ("attention_bias", bool(config.get("attention_bias", False)), False),
+            ("use_sliding_window", bool(config.get("use_sliding_window", False)), False),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ):
+            if found != expected:
+                raise FormatError(f"{key} is not supported", path=where, expected=expected, found=found)
+        values = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        # A file without rope_theta means transformers' default, not klein's value.
+        values["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
+        heads = values.get("num_attention_heads", cls.num_attention_heads)
+        values.setdefault("num_key_value_heads", heads if "num_attention_heads" in values else cls.num_key_value_heads)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` of this model; transformers 4 and 5 both read it."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+            "attention_bias": False, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}, **asdict(self),
+        }
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis. Computed in float32, returned in the dtype of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+def rotary_table(tokens: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K] in float32 for positions 0..T-1; the K/2 angles stand twice, side by side."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float32, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for x [..., T, K]: channel j turns together with channel j + K/2 (the Qwen pairing)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: each of the G key/value heads serves H / G query heads."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.width, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.width, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, allowed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def heads(y: Tensor, count: int) -> Tensor:
+            return y.unflatten(-1, (count, self.width))
+
+        q = self.q_norm(heads(self.q_proj(x), self.heads)).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(x), self.kv_heads)).transpose(1, 2)
+        v = heads(self.v_proj(x), self.kv_heads).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Repeated by hand: with enable_gqa and a mask, torch falls back to writing the scores out on some devices.
+        repeats = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention, then feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, allowed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), allowed, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Encoder(nn.Module):
+    """Hidden states of chosen Qwen3 layers as text features.
+
+    `taps` count as transformers' `hidden_states` do: 0 is the embedding, k the output of the k-th layer. As there,
+    the very last one (k = num_hidden_layers) comes after the final norm, which is built only in that case.
+    Parameter names are those of Hugging Face's Qwen3Model; `load_state_dict` also takes the names of
+    Qwen3ForCausalLM (prefix `model.`) and passes over the layers and the head that are not needed here.
+    """
+
+    def __init__(self, config: Qwen3Config, taps: Sequence[int] = (9, 18, 27)) -> None:
+        super().__init__()
+        self.config, self.taps = config, tuple(taps)
+        if not self.taps or min(self.taps) < 0 or max(self.taps) > config.num_hidden_layers:
+            raise UsageError(f"text taps must lie between 0 and the model's {config.num_hidden_layers} layers, "
+                             f"found {list(self.taps)}; check text_taps in model_index.json")
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(max(self.taps)))
+        if max(self.taps) == config.num_hidden_layers:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+        self.register_load_state_dict_pre_hook(_rename_state)
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the features: one hidden state per tap."""
+        return len(self.taps) * self.config.hidden_size
+
+    def rename_key(self, name: str) -> str | None:
+        """The parameter that a tensor of a Qwen3 checkpoint belongs to, or None if this encoder has no use for it."""
+        name = name.removeprefix("model.")
+        if name.startswith("lm_head.") or (name.startswith("norm.") and not hasattr(self, "norm")):
+            return None
+        found = _LAYER_KEY.match(name)
+        return None if found and int(found[1]) >= len(self.layers) else name
+
+    def forward(self, ids: Tensor, mask: Tensor, on_layer: OnLayer | None = None) -> Tensor:
+        """Features [B, T, taps * D] for token ids [B, T]; each token's row is [tap 1 | tap 2 | ...].
+
+        `mask` [B, T] is 1 for text and 0 for padding on the right. Padding rows get features too (they see the text
+        before them), and klein's transformer attends to them. `on_layer(done, total)` runs after each layer and may
+        raise to stop.
+        """
+        tokens = ids.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).tril()
+        allowed = causal & mask.bool()[:, None, None, :]
+        cos, sin = rotary_table(tokens, self.config.head_dim, self.config.rope_theta, ids.device)
+        x = self.embed_tokens(ids)
+        kept = {0: x}
+        for done, layer in enumerate(self.layers, start=1):
+            x = layer(x, allowed, cos, sin)
+            if done in self.taps:
+                kept[done] = self.norm(x) if done == self.config.num_hidden_layers else x
+            if on_layer is not None:
+                on_layer(done, len(self.layers))
+        return torch.cat([kept[tap] for tap in self.taps], dim=-1)
+
+
+def _rename_state(model: Qwen3Encoder, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Bring a state dict to this encoder's names, in place, before `load_state_dict` looks at it."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        value = state.pop(name)
+        renamed = model.rename_key(name.removeprefix(prefix))
+        if renamed is not None:
+            state[prefix + renamed] = value
