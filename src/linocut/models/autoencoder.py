@@ -288,7 +288,7 @@ class Autoencoder(nn.Module):
 
     def latents_from_image(self, image: Tensor) -> Tensor:
         """Normalised, patchified latents [B, 4C, H/16, W/16] of a picture in [-1, 1]: the mode, nothing is drawn."""
-        return self.normalize(self.encode(image)[0])
+        return self.normalize(self.encode(image.to(self.encoder.conv_in.weight.dtype))[0])
 
     def image_from_latents(self, latents: Tensor, tile: int | None = None, on_tile: OnTile | None = None) -> Tensor:
         """Picture [B, 3, H, W], about [-1, 1], of normalised latents [B, 4C, H/16, W/16].
@@ -297,7 +297,7 @@ class Autoencoder(nn.Module):
         rounding, takes a fraction of the memory and cannot be differentiated. `on_tile(done, total)` runs after each
         strip and may raise to stop.
         """
-        z = self.denormalize(latents)
+        z = self.denormalize(latents).to(self.decoder.conv_in.weight.dtype)
         if tile is None:
             return self.decode(z)
         from linocut.models.tiling import decode_in_strips
