@@ -1,7 +1,7 @@
 """The packed layout, version 1: binary, ternary and affine4 weights as bytes (normative text: docs/format.md).
 
-A weight W[O, N] (O out-features, N in-features, N a multiple of 128) is held as `codes` (uint8 [O, row bytes]), `scales`
-(float16 [O, G]) and, for affine4, `zeros` (uint8 [O, G/2]). Rows are independent, so any range of rows can be decoded alone.
+A weight W[O, N] (O out-features, N in-features, N a multiple of 128) is held as `codes` (uint8 [O, row bytes]),
+`scales` (float16 [O, G]) and, for affine4, `zeros` (uint8 [O, G/2]). Rows are independent: any range decodes alone.
 
     binary   w = (2b - 1) * scale     b one bit, least significant first              group 128
     ternary  w = (code - 1) * scale   five codes 0..2 a byte, planar, fixed point     group 128
@@ -21,9 +21,9 @@ import numpy.typing as npt
 from linocut.errors import FormatError
 
 __all__ = [
-    "AFFINE_GROUP_SIZE", "BLOCK", "ENCODINGS", "GROUP_SIZE", "MAX_SCALE", "MIN_SCALE", "PackedTensor", "bits_per_weight",
-    "check_encoding", "decode_rows", "dequantize", "group_size", "groups", "layout", "pack", "round_scales", "row_bytes",
-    "ternary_blocks", "unpack", "unpack_rows", "unpack_zeros", "validate_values",
+    "AFFINE_GROUP_SIZE", "BLOCK", "ENCODINGS", "GROUP_SIZE", "MAX_SCALE", "MIN_SCALE", "PackedTensor",
+    "bits_per_weight", "check_encoding", "decode_rows", "dequantize", "group_size", "groups", "layout", "pack",
+    "round_scales", "row_bytes", "ternary_blocks", "unpack", "unpack_rows", "unpack_zeros", "validate_values",
 ]
 
 GROUP_SIZE = 128
