@@ -18,7 +18,7 @@ _ROW_MULTIPLE = 64
 
 
 def block_rows(n: int, itemsize: int) -> int:
-    """Rows of N weights of `itemsize` bytes that fit the scratch: a multiple of 64, so that GEMM tiles come out even."""
+    """Rows of N weights of `itemsize` bytes that fit the scratch; a multiple of 64 keeps GEMM tiles even."""
     return max(_ROW_MULTIPLE, SCRATCH_BYTES // max(n * itemsize, 1) // _ROW_MULTIPLE * _ROW_MULTIPLE)
 
 

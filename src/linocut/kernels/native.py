@@ -31,7 +31,7 @@ def status() -> tuple[ModuleType | None, str]:
         return None, f"the C++ module linocut._native cannot be imported ({error}); install a wheel or run `make build`"
     found = getattr(module, "INTERFACE", None)
     if found != INTERFACE:
-        return None, f"the C++ module is of another build (expected interface {INTERFACE}, found {found}); run `make build`"
+        return None, f"the C++ module is of another build (expected interface {INTERFACE}, found {found}); `make build`"
     return module, f"linocut._native, {module.build_info()}"
 
 
@@ -117,7 +117,7 @@ class Native:
 
 
 class Generic:
-    """A scalar C++ product with float64 sums: slow, independent of torch's matrix product, the oracle of C++ kernels."""
+    """A scalar C++ product with float64 sums: slow, independent of torch's product, the oracle of C++ kernels."""
 
     name = "generic"
     summary = "scalar C++ product with float64 sums (slow; for checking)"

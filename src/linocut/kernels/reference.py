@@ -27,8 +27,8 @@ _DECODE_WEIGHTS = 1 << 18
 def binary_values(codes: Tensor, n: int) -> Tensor:
     """int8 [O, N] of -1 and +1 from binary codes [O, N/8]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    bits = (codes.unsqueeze(-1) >> shifts) & 1
-    return (bits.view(torch.int8) * 2 - 1).flatten(1)[:, :n]
+    bits = ((codes.unsqueeze(-1) >> shifts) & 1).view(torch.int8)
+    return (bits * 2 - 1).flatten(1)[:, :n]
 
 
 def ternary_values(codes: Tensor, n: int) -> Tensor:
@@ -36,7 +36,7 @@ def ternary_values(codes: Tensor, n: int) -> Tensor:
     rows, full = codes.shape[0], n // _BLOCK_WEIGHTS
     parts = []
     if full:
-        blocks = codes[:, : full * _BLOCK_BYTES].unflatten(1, (full, _BLOCK_BYTES))
+        blocks = codes[:, : full * _BLOCK_BYTES].reshape(rows, full, _BLOCK_BYTES)
         parts.append(_digits(blocks).reshape(rows, full * _BLOCK_WEIGHTS))
     if n % _BLOCK_WEIGHTS:
         parts.append(_digits(codes[:, full * _BLOCK_BYTES :]).flatten(1)[:, : n % _BLOCK_WEIGHTS])
@@ -52,8 +52,8 @@ def _digits(blocks: Tensor) -> Tensor:
 
 def affine4_values(codes: Tensor, zeros: Tensor, n: int) -> Tensor:
     """int8 [O, N] of code - zero (-15..15) from affine4 codes [O, N/2] and zero points [O, ceil(G/2)]."""
-    centred = _nibbles(codes)[:, :n].unflatten(1, (-1, AFFINE_GROUP_SIZE))
-    return (centred - _nibbles(zeros)[:, : centred.shape[1], None]).flatten(1)
+    grouped = _nibbles(codes)[:, :n].reshape(codes.shape[0], -1, AFFINE_GROUP_SIZE)
+    return (grouped - _nibbles(zeros)[:, : grouped.shape[1], None]).flatten(1)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def decode(weight: PackedWeight) -> Tensor:
     else:
         assert weight.zeros is not None
         values, group = affine4_values(weight.codes, weight.zeros, weight.n), AFFINE_GROUP_SIZE
-    grouped = values.float().unflatten(1, (-1, group))
+    grouped = values.float().reshape(weight.o, -1, group)
     return grouped.mul_(weight.scales.float().unsqueeze(-1)).flatten(1)
 
 

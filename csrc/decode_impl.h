@@ -1,0 +1,159 @@
+// The decoders, written as plain loops that compilers turn into vector code, and compiled once per instruction set
+// (decode_*.cpp define LINOCUT_DECODERS and include this file). Everything is static and no standard header with
+// inline functions is used: an inline function compiled for AVX-512 must not become the copy that the linker keeps.
+//
+// Why it is fast: codes are planar. Byte j of a full ternary block holds the weights j, 128+j, ... 512+j, so digit i of
+// 128 consecutive bytes is 128 consecutive weights, all of one group: a multiply, a compare, one scale, straight stores.
+#include <cstring>
+
+#include "packed.h"
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the decoders, like the format, are little-endian"
+#endif
+
+namespace linocut {
+namespace {
+
+using std::size_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+using std::uint8_t;
+
+float float_of_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float float_of_half(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000u) << 16;
+    const uint32_t magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
+    if (magnitude < 0x400u) {  // zero and subnormals: steps of 2^-24, exact in float
+        const float value = float(magnitude) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    return float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+inline void store(float* out, float value) { *out = value; }
+
+// Round to nearest, ties to even, as torch does. A NaN (from a broken scale) keeps being one.
+inline void store(uint16_t* out, float value) {
+    const uint32_t bits = bits_of_float(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    *out = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// out[j] = values[j] * scale for values of -1, 0 and +1.
+inline void expand(const signed char* values, size_t count, float scale, float* out) {
+    for (size_t j = 0; j < count; ++j) out[j] = float(values[j]) * scale;
+}
+
+// The same with one rounding for all: rounding is symmetric, so a value only picks the sign or the zero.
+inline void expand(const signed char* values, size_t count, float scale, uint16_t* out) {
+    uint16_t pattern;
+    store(&pattern, scale);
+    for (size_t j = 0; j < count; ++j) {
+        const uint16_t value = uint16_t(short(values[j]));
+        const uint16_t keep = uint16_t(-(value & 1));
+        out[j] = uint16_t((pattern & keep) ^ (value & 0x8000u));
+    }
+}
+
+constexpr uint8_t kPower[kTrits] = {1, 3, 9, 27, 81};
+
+// Digit 0..2 of the fixed-point fraction `byte` / 256 in base 3, for any byte: two compares in eight-bit lanes.
+inline int digit(uint8_t byte, uint8_t power) {
+    const uint8_t fraction = uint8_t(byte * power);
+    return int(fraction >= 86) + int(fraction >= 171);
+}
+
+template <class Out>
+void ternary_row(const uint8_t* codes, const uint16_t* scales, size_t n, Out* out) {
+    const size_t full = n / kBlock;
+    for (size_t block = 0; block < full; ++block, codes += kBlockBytes) {
+        for (size_t plane = 0; plane < kTrits; ++plane, out += kBlockBytes) {
+            const float scale = float_of_half(*scales++);
+            // A local copy of the plane's digits: the first loop stays in eight-bit lanes, the second one widens.
+            signed char digits[kBlockBytes];
+            const uint8_t power = kPower[plane];
+            for (size_t j = 0; j < kBlockBytes; ++j) digits[j] = static_cast<signed char>(digit(codes[j], power) - 1);
+            expand(digits, kBlockBytes, scale, out);
+        }
+    }
+    const size_t rest = n % kBlock;
+    if (rest == 0) return;
+    const size_t stride = ceil_div(rest, kTrits);
+    signed char digits[kBlock + kTrits];  // the last plane may run up to four weights past the row's end
+    for (size_t plane = 0; plane < kTrits; ++plane) {
+        for (size_t j = 0; j < stride; ++j) {
+            digits[plane * stride + j] = static_cast<signed char>(digit(codes[j], kPower[plane]) - 1);
+        }
+    }
+    for (size_t group = 0; group < rest / kGroup; ++group) {
+        expand(digits + group * kGroup, kGroup, float_of_half(scales[group]), out + group * kGroup);
+    }
+}
+
+// Eight weights of one byte as eight bytes of -1 or +1, in memory order.
+inline void binary_byte(uint8_t byte, signed char* values) {
+    constexpr uint64_t kOnes = 0x0101010101010101u;
+    const uint64_t picked = byte * kOnes & 0x8040201008040201u;             // byte k keeps bit k
+    const uint64_t bits = (picked + 0x7f7f7f7f7f7f7f7fu) >> 7 & kOnes;       // ... which becomes 0 or 1
+    const uint64_t signs = bits + (kOnes - bits) * 0xffu;                    // 1 or 255, that is -1; no carries
+    std::memcpy(values, &signs, sizeof signs);
+}
+
+template <class Out>
+void binary_row(const uint8_t* codes, const uint16_t* scales, size_t n, Out* out) {
+    for (size_t group = 0; group < n / kGroup; ++group, codes += kGroup / 8, out += kGroup) {
+        signed char values[kGroup];
+        for (size_t i = 0; i < kGroup / 8; ++i) binary_byte(codes[i], values + 8 * i);
+        expand(values, kGroup, float_of_half(scales[group]), out);
+    }
+}
+
+template <class Out>
+void affine4_row(const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, size_t n, Out* out) {
+    for (size_t group = 0; group < n / kAffineGroup; ++group, codes += kAffineGroup / 2, out += kAffineGroup) {
+        const float scale = float_of_half(scales[group]);
+        const int zero = zeros[group / 2] >> (group % 2 * 4) & 15;
+        signed char values[kAffineGroup];
+        for (size_t i = 0; i < kAffineGroup / 2; ++i) {
+            values[2 * i] = static_cast<signed char>((codes[i] & 15) - zero);
+            values[2 * i + 1] = static_cast<signed char>((codes[i] >> 4) - zero);
+        }
+        for (size_t i = 0; i < kAffineGroup; ++i) store(out + i, float(values[i]) * scale);
+    }
+}
+
+template <class Out>
+void decode(const Packed& w, Out* out) {
+    const size_t bytes = row_bytes(w.encoding, w.n);
+    const size_t per_row = groups(w.encoding, w.n);
+    const size_t zeros = zero_bytes(w.encoding, w.n);
+    for (size_t row = 0; row < w.rows; ++row, out += w.n) {
+        const uint8_t* codes = w.codes + row * bytes;
+        const uint16_t* scales = w.scales + row * per_row;
+        switch (w.encoding) {
+            case Encoding::binary: binary_row(codes, scales, w.n, out); break;
+            case Encoding::ternary: ternary_row(codes, scales, w.n, out); break;
+            case Encoding::affine4: affine4_row(codes, scales, w.zeros + row * zeros, w.n, out); break;
+        }
+    }
+}
+
+}  // namespace
+
+Decoders LINOCUT_DECODERS() { return {decode<float>, decode<uint16_t>}; }
+
+}  // namespace linocut
