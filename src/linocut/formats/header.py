@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from linocut.errors import FormatError
@@ -77,7 +78,7 @@ def strict_json(data: bytes | str, path: object, what: str) -> Any:
         result = dict(pairs)
         if len(result) != len(pairs):
             names = sorted(key for key, _ in pairs)
-            twice = next(a for a, b in zip(names, names[1:], strict=False) if a == b)
+            twice = next(a for a, b in pairwise(names) if a == b)
             raise FormatError(f"{what} names {printable(twice)} twice", path=path, expected="unique names",
                               found="a duplicate")
         return result

@@ -150,7 +150,8 @@ def _row_chunks(o: int, n: int) -> Iterator[slice]:
 
 def round_scales(scales: npt.ArrayLike) -> npt.NDArray[np.float16]:
     """Clamp positive scales to [2^-24, 65504] and round them to float16 (nearest, ties to even)."""
-    return np.clip(np.asarray(scales), MIN_SCALE, MAX_SCALE).astype(np.float16)
+    clamped: np.ndarray = np.clip(np.asarray(scales), MIN_SCALE, MAX_SCALE)
+    return clamped.astype(np.float16)
 
 
 def pack(values: np.ndarray, scales: np.ndarray, encoding: str, zeros: np.ndarray | None = None, *,

@@ -1,0 +1,181 @@
+"""Model folders: one name or path in, configs and checkpoints out.
+
+A model is a folder in the Hugging Face style: `model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`,
+`vae/`, `scheduler/`. It is found by the name of an embedded model, by its path, or by a hub id such as `org/name`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from linocut.errors import FormatError, ModelNotFoundError, UsageError
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.header import strict_json
+
+__all__ = ["COMPONENTS", "EMBEDDED", "HUB_PATTERNS", "ModelFolder"]
+
+COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+# name -> folder of its transformer; both share everything else
+EMBEDDED = {"embedded": "transformer", "embedded-binary": "transformer-binary"}
+# what a model needs; a hub repository may hold much more (other formats, single files of many GB)
+HUB_PATTERNS = ("model_index.json", "transformer/*.json", "transformer/*.safetensors", "text_encoder/*.json",
+                "text_encoder/*.safetensors", "tokenizer/*", "vae/*.json", "vae/*.safetensors", "scheduler/*.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,120})?")
+_CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+_MAX_CONFIG = 10_000_000
+_DEFAULTS: dict[str, Any] = {"text_length": 512, "text_taps": [9, 18, 27], "default_size": [1024, 1024],
+                             "default_steps": 4}
+
+
+def _embedded_root() -> Path:
+    return Path(__file__).resolve().parent.parent / "data" / "embedded"
+
+
+class ModelFolder:
+    """A model on disk. Nothing but `model_index.json` is read until it is asked for."""
+
+    def __init__(self, root: Path, name: str, transformer_dir: str = "transformer") -> None:
+        self.root, self.name, self.transformer_dir = root, name, transformer_dir
+        self.index = _read_json(root / "model_index.json")
+        self._settings: dict[str, Any] | None = None
+        self._hash: str | None = None
+
+    @classmethod
+    def open(cls, name_or_path: str | os.PathLike[str]) -> ModelFolder:
+        """Find a model: an embedded one by name, a folder by path, or a hub id `org/name[@revision]`.
+
+        A hub id is looked up in the local Hugging Face cache and downloaded if it is not there, only the needed files;
+        HF_HOME and HF_HUB_OFFLINE are honoured. Raises ModelNotFoundError in one line that lists what is possible.
+        """
+        name = os.fspath(name_or_path)
+        if name in EMBEDDED:
+            root = _embedded_root()
+            if not (root / "model_index.json").is_file() or not (root / EMBEDDED[name]).is_dir():
+                raise ModelNotFoundError(f"model {name!r} is not part of this installation; {_possible()}")
+            return cls(root, name, EMBEDDED[name])
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if not (path / "model_index.json").is_file():
+                raise ModelNotFoundError(f"{name}: folder holds no model_index.json, so it is no model; {_possible()}")
+            return cls(path, path.resolve().name)
+        if path.is_file():
+            raise ModelNotFoundError(f"{name}: this is a file, and a model is a folder with model_index.json; "
+                                     f"{_possible()}")
+        if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
+            return cls(_from_hub(name), name)
+        raise ModelNotFoundError(f"no model {name!r}; {_possible()}")
+
+    def path(self, component: str) -> Path:
+        """Folder of a component ("transformer", "text_encoder", "tokenizer", "vae" or "scheduler")."""
+        if component not in COMPONENTS:
+            raise UsageError(f"unknown component {component!r} (expected one of {', '.join(COMPONENTS)})")
+        return self.root / (self.transformer_dir if component == "transformer" else component)
+
+    def has(self, component: str) -> bool:
+        """True if the folder of this component exists."""
+        return self.path(component).is_dir()
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's JSON configuration (config.json; scheduler_config.json, tokenizer_config.json)."""
+        return _read_json(self.path(component) / _CONFIG_FILES.get(component, "config.json"))
+
+    def checkpoint(self, component: str) -> Checkpoint:
+        """The component's weights, opened by memory mapping."""
+        return Checkpoint.open(self.path(component))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps, is_distilled.
+
+        From the key "linocut" of model_index.json, with FLUX.2-klein's values where it is silent; is_distilled is the
+        index's own key (false if absent, as in FLUX.2-klein-base).
+        """
+        if self._settings is None:
+            self._settings = _settings(self.index, self.root / "model_index.json")
+        return dict(self._settings)
+
+    def hash(self) -> str:
+        """Twelve hex digits that name the weights of all components.
+
+        From the SHA-256s stored with them; for files of other programs from the headers and samples of each tensor.
+        """
+        if self._hash is None:
+            digest = hashlib.sha256()
+            for component in ("transformer", "text_encoder", "vae"):
+                if self.has(component):
+                    with self.checkpoint(component) as checkpoint:
+                        digest.update(f"{component} {checkpoint.fingerprint()}\n".encode())
+            self._hash = digest.hexdigest()[:12]
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"ModelFolder({self.name!r}, root={str(self.root)!r})"
+
+
+def _possible() -> str:
+    return f"possible are {', '.join(EMBEDDED)}, the path of a model folder, or a Hugging Face id like org/name"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise FormatError("file is too long", path=path, expected=f"at most {_MAX_CONFIG} bytes",
+                              found=path.stat().st_size)
+        value = strict_json(path.read_bytes(), path, "file")
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{path}: no such file, so the model is incomplete") from None
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror or error}", path=path) from None
+    if not isinstance(value, dict):
+        raise FormatError("file has the wrong form", path=path, expected="a JSON object", found=type(value).__name__)
+    return value
+
+
+def _settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
+    own = index.get("linocut", {})
+    if not isinstance(own, dict):
+        raise FormatError("key 'linocut' has the wrong form", path=path, expected="an object", found=type(own).__name__)
+    settings = _DEFAULTS | own
+    distilled = index.get("is_distilled", False)
+    settings["is_distilled"] = distilled
+    checks = {
+        "text_length": ("an integer from 1 to 65536", lambda v: _integer(v, 1, 65536)),
+        "text_taps": ("three rising layer numbers", lambda v: isinstance(v, list) and len(v) == 3
+                      and all(_integer(x, 1, 1000) for x in v) and v[0] < v[1] < v[2]),
+        "default_size": ("[width, height], multiples of 32", lambda v: isinstance(v, list) and len(v) == 2
+                         and all(_integer(x, 32, 65536) and x % 32 == 0 for x in v)),
+        "default_steps": ("an integer from 1 to 1000", lambda v: _integer(v, 1, 1000)),
+        "is_distilled": ("true or false", lambda v: isinstance(v, bool)),
+    }
+    for key, (expected, holds) in checks.items():
+        if not holds(settings[key]):
+            raise FormatError(f"setting {key} has the wrong form", path=path, expected=expected, found=settings[key])
+    return settings
+
+
+def _integer(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _from_hub(name: str) -> Path:
+    """Folder of a hub model in the local cache, downloading what is missing."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelNotFoundError(f"no model {name!r} here, and huggingface_hub is not installed to fetch it; "
+                                 f"{_possible()}") from None
+    repository, _, revision = name.partition("@")
+    try:
+        root = snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
+    except Exception as error:  # the library's errors differ between versions; all mean that the model is not here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ModelNotFoundError(f"no model {name!r} in the local cache, and it could not be fetched "
+                                 f"({type(error).__name__}: {reason}); {_possible()}") from error
+    if not (Path(root) / "model_index.json").is_file():
+        raise ModelNotFoundError(f"hub repository {name!r} holds no model_index.json, so it is no model; "
+                                 f"{_possible()}")
+    return Path(root)
