@@ -1,0 +1,172 @@
+"""Scenes as training tensors: token ids of captions, and latents of the pictures, made where they are used.
+
+Captions and placements come from seeded Python generators in worker processes; pictures are drawn and encoded on the
+training device in batches and only their latents are kept (a 256-px scene is 32 kB).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linocut.models.autoencoder import Autoencoder, patchify
+from linocut.models.text_encoder import PromptTokenizer
+from linocut.train.loop import autocast
+from linocut.train.recipe import Recipe
+from linocut.train.render import SceneRenderer
+from linocut.train.scenes import Placement, Scene, normalize, place, sample_captions, sample_scene
+from linocut.train.tokenizer import save_tokenizer, train_tokenizer
+
+CHUNK = 2048  # scenes made by one job
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """`count` scenes with their placements and `captions` wordings each."""
+
+    scenes: list[Scene]
+    placements: list[list[Placement]]
+    captions: list[list[str]]
+
+
+def make_scenes(recipe: Recipe, seed: int, count: int) -> Scenes:
+    """Deterministic scenes for a seed; no caption equals a held-out prompt word for word."""
+    rng = random.Random(f"{recipe.data.seed}/{seed}")
+    forbidden = frozenset(normalize(text) for text in recipe.held_out)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    return Scenes(scenes, [place(scene, rng) for scene in scenes],
+                  [sample_captions(scene, rng, recipe.data.captions, forbidden) for scene in scenes])
+
+
+def make_tokenizer(recipe: Recipe, folder: Path) -> PromptTokenizer:
+    """The tokenizer of the recipe: learned from captions once, then read from `folder`."""
+    if not (folder / "tokenizer.json").is_file():
+        captions = [text for group in make_scenes(recipe, -1, 40_000).captions for text in group]
+        save_tokenizer(train_tokenizer(captions, recipe.data.vocab_size), folder)
+    return PromptTokenizer.from_folder(folder, recipe.data.text_length)
+
+
+@dataclass
+class Captions:
+    """Token ids of captions, int16 [M, T], and the number of real tokens of each, on one device."""
+
+    ids: Tensor
+    lengths: Tensor
+    empty_ids: Tensor
+    empty_length: int
+
+    @classmethod
+    def build(cls, tokenizer: PromptTokenizer, texts: list[str], device: torch.device) -> Captions:
+        rows, lengths = [], []
+        for start in range(0, len(texts), 8192):
+            ids, mask = tokenizer.encode(texts[start:start + 8192])
+            rows.append(ids.to(torch.int16))
+            lengths.append(mask.sum(1).to(torch.int16))
+        empty_ids, empty_mask = tokenizer.encode([""])
+        return cls(torch.cat(rows).to(device), torch.cat(lengths).to(device), empty_ids[0].to(device),
+                   int(empty_mask.sum()))
+
+    def pick(self, index: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(ids, mask), int64 [B, T], of captions; each becomes the empty prompt with probability `drop`."""
+        ids, lengths = self.ids[index].long(), self.lengths[index].long()
+        if drop:
+            dropped = torch.rand(len(index), device=ids.device) < drop
+            ids = torch.where(dropped[:, None], self.empty_ids, ids)
+            lengths = torch.where(dropped, self.empty_length, lengths)
+        return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+    def empty(self, batch: int) -> tuple[Tensor, Tensor]:
+        """(ids, mask) of the empty prompt, `batch` times."""
+        mask = (torch.arange(len(self.empty_ids), device=self.empty_ids.device) < self.empty_length).long()
+        return self.empty_ids.expand(batch, -1), mask.expand(batch, -1)
+
+
+def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: int, device: torch.device) -> Captions:
+    """Captions alone, for stages that learn from a teacher and need no pictures."""
+    texts = [text for part in _chunks(recipe, rank, scenes) for group in part.captions for text in group]
+    return Captions.build(tokenizer, texts, device)
+
+
+@dataclass
+class LatentBank:
+    """Latents bf16 [M, I, 4C] of pictures and the captions of each (`per_scene` wordings, consecutive)."""
+
+    latents: Tensor
+    captions: Captions
+    per_scene: int
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, recipe: Recipe, tokenizer: PromptTokenizer, vae: Autoencoder, renderer: SceneRenderer, rank: int,
+              device: torch.device) -> LatentBank:
+        """Make `recipe.data.scenes` scenes of this process: draw, encode, keep."""
+        count, (rows, columns) = recipe.data.scenes, recipe.tokens
+        latents = torch.empty(count, rows * columns, recipe.transformer.in_channels, dtype=torch.bfloat16, device=device)
+        texts: list[str] = []
+        done = 0
+        for part in _chunks(recipe, rank, count):
+            table, backgrounds = renderer.table(part.placements), renderer.backgrounds(part.scenes, done + rank)
+            for start in range(0, len(part.scenes), 256):
+                image = renderer.draw(table[start:start + 256], backgrounds[start:start + 256])
+                with autocast(device):
+                    z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
+                latents[done:done + len(z)] = z.flatten(2).transpose(1, 2)
+                done += len(z)
+            texts += [text for group in part.captions for text in group]
+        return cls(latents, Captions.build(tokenizer, texts, device), recipe.data.captions)
+
+    def sample(self, batch: int, drop: float) -> tuple[Tensor, Tensor, Tensor]:
+        """A random batch: latents float32 [B, I, 4C], ids and mask of one wording each."""
+        index = torch.randint(len(self.latents), (batch,), device=self.latents.device)
+        wording = torch.randint(self.per_scene, (batch,), device=index.device)
+        ids, mask = self.captions.pick(index * self.per_scene + wording, drop)
+        return self.latents[index].float(), ids, mask
+
+
+@torch.no_grad()
+def measure_latents(vae: Autoencoder, images: Iterator[Tensor]) -> None:
+    """Set the VAE's latent statistics (per patchified channel) from pictures."""
+    sums = squares = 0.0
+    count = 0
+    for image in images:
+        z = patchify(vae.encode(image)[0].float()).double()
+        sums, squares = sums + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
+        count += z.shape[0] * z.shape[2] * z.shape[3]
+    mean = sums / count
+    vae.bn.running_mean.copy_(mean)
+    vae.bn.running_var.copy_(squares / count - mean.square() - vae.config.batch_norm_eps)
+
+
+def _chunks(recipe: Recipe, rank: int, count: int) -> Iterator[Scenes]:
+    """Scenes of a process in chunks, made ahead by workers; the order does not depend on their number."""
+    jobs = [(recipe, rank * 1_000_000 + i, min(CHUNK, count - i * CHUNK)) for i in range(-(-count // CHUNK))]
+    workers = min(len(jobs), max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")) - 1))
+    if workers == 1:
+        yield from (make_scenes(*job) for job in jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(_make, jobs)
+
+
+def _make(job: tuple[Recipe, int, int]) -> Scenes:
+    return make_scenes(*job)
+
+
+def scene_images(recipe: Recipe, renderer: SceneRenderer, seed: int, count: int) -> Tensor:
+    """Pictures [count, 3, size, size] in [-1, 1] of fresh scenes, for the autoencoder and for measuring."""
+    part = make_scenes(recipe, seed, count)
+    return renderer.draw(renderer.table(part.placements), renderer.backgrounds(part.scenes, abs(seed) % 2**31))
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, averaged over pictures [B, 3, H, W] in [-1, 1] (peak 2)."""
+    error = (image.clamp(-1, 1) - reference).square().flatten(1).mean(1)
+    return float(np.mean(10 * np.log10(4.0 / error.float().cpu().numpy().clip(1e-12))))

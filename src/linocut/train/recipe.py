@@ -1,0 +1,151 @@
+"""A training recipe: one TOML file that fixes the networks, the data, and the length and settings of each stage.
+
+Stages, in order: `vae` (autoencoder), `teacher` (text encoder and transformer, flow matching), `distill` (the teacher in
+few steps at guidance 1, like klein), `ternary` and `binary` (quantization-aware distillation), `export`.
+Every stage leaves its result in the run folder and can be run again from there.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from linocut.errors import UsageError
+from linocut.models.autoencoder import AutoencoderConfig
+from linocut.models.flux2 import Flux2Config
+from linocut.models.text_encoder import Qwen3Config
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Scenes: `size` pixels a side, `scenes` per process, `captions` wordings of each, `text_length` tokens."""
+
+    size: int = 256
+    scenes: int = 300_000
+    captions: int = 3
+    text_length: int = 64
+    vocab_size: int = 2048
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Length and optimizer of a stage. `batch` is per process; `max_seconds` shortens the schedule on a slow machine."""
+
+    steps: int = 1000
+    batch: int = 256
+    lr: float = 6e-4
+    warmup: int = 100
+    max_seconds: float = 1e9
+    ema: float = 0.999
+    log_every: int = 100
+
+
+@dataclass(frozen=True)
+class VaeSettings(StageSettings):
+    """`crop` pixels a side until `whole_from` of the schedule, whole pictures after; `kl` weighs the prior."""
+
+    crop: int = 128
+    whole_from: float = 0.75
+    kl: float = 2e-4
+
+
+@dataclass(frozen=True)
+class TeacherSettings(StageSettings):
+    """`muon` orthogonalizes the updates of block matrices; `drop_text` trains the empty prompt for guidance."""
+
+    muon: bool = True
+    drop_text: float = 0.1
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class DistillSettings(StageSettings):
+    """Student steps `steps_grid`, teacher substeps per student step, and guidance down to `guidance_until` noise."""
+
+    grid: int = 4
+    substeps: tuple[int, ...] = (2, 3, 4, 8)
+    guidance: float = 2.5
+    guidance_until: float = 0.4
+
+
+@dataclass(frozen=True)
+class QatSettings(StageSettings):
+    """`residual` of the float weights annealed to 0 over `anneal`; `on_policy` share of student states by mid-run."""
+
+    residual: float = 0.5
+    anneal: float = 0.25
+    on_policy: float = 0.5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs. `text_taps` are hidden-state indices as in transformers (0 is the embedding)."""
+
+    name: str
+    transformer: Flux2Config
+    text_encoder: Qwen3Config
+    autoencoder: AutoencoderConfig
+    text_taps: tuple[int, ...]
+    data: DataSettings = field(default_factory=DataSettings)
+    vae: VaeSettings = field(default_factory=VaeSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    ternary: QatSettings = field(default_factory=QatSettings)
+    binary: QatSettings = field(default_factory=QatSettings)
+    held_out: tuple[str, ...] = ()
+
+    @classmethod
+    def from_file(cls, path: Path) -> Recipe:
+        """Read a recipe. Raises UsageError for an unreadable file, an unknown key or networks that do not fit."""
+        try:
+            table = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise UsageError(f"{path}: not a readable recipe: {error}") from error
+        unknown = set(table) - {f.name for f in fields(cls)}
+        if unknown:
+            raise UsageError(f"{path}: unknown sections {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
+        prompts = table.pop("held_out", None)
+        held_out = tuple(line.split("|", 1)[-1].strip() for line in (path.parent / prompts).read_text("utf-8").splitlines()
+                         if line.strip() and not line.startswith("#")) if prompts else ()
+        recipe = cls(
+            name=table["name"], text_taps=tuple(table["text_taps"]), held_out=held_out,
+            transformer=Flux2Config.from_dict(table["transformer"]),
+            text_encoder=Qwen3Config.from_dict(table["text_encoder"]),
+            autoencoder=AutoencoderConfig.from_dict(table["autoencoder"]),
+            data=_section(DataSettings, table, "data", path), vae=_section(VaeSettings, table, "vae", path),
+            teacher=_section(TeacherSettings, table, "teacher", path),
+            distill=_section(DistillSettings, table, "distill", path),
+            ternary=_section(QatSettings, table, "ternary", path), binary=_section(QatSettings, table, "binary", path))
+        recipe._check(path)
+        return recipe
+
+    def _check(self, path: Path) -> None:
+        features = len(self.text_taps) * self.text_encoder.hidden_size
+        if features != self.transformer.joint_attention_dim:
+            raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "
+                             f"found {self.transformer.joint_attention_dim}")
+        if self.transformer.in_channels != 4 * self.autoencoder.latent_channels:
+            raise UsageError(f"{path}: in_channels must be 4 x latent_channels = {4 * self.autoencoder.latent_channels}, "
+                             f"found {self.transformer.in_channels}")
+        if len(self.distill.substeps) != self.distill.grid:
+            raise UsageError(f"{path}: distill.substeps needs one number per step of the grid ({self.distill.grid})")
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        side = self.data.size // (2 * 2 ** (len(self.autoencoder.block_out_channels) - 1))
+        return side, side
+
+
+def _section(kind: type[T], table: Mapping[str, Any], name: str, path: Path) -> T:
+    values = dict(table.get(name, {}))
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if set(values) - known:
+        raise UsageError(f"{path}: unknown keys {sorted(set(values) - known)} in [{name}]; known are {sorted(known)}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
