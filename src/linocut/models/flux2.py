@@ -339,9 +339,9 @@ class Flux2Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-        for linear in (self.double_stream_modulation_img.linear, self.double_stream_modulation_txt.linear,
-                       self.single_stream_modulation.linear, self.norm_out["linear"], self.proj_out):
-            nn.init.zeros_(linear.weight)
+        for name in ("double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
+                     "single_stream_modulation.linear", "norm_out.linear", "proj_out"):
+            nn.init.zeros_(self.get_parameter(f"{name}.weight"))
 
     def forward(self, latents: Tensor, text: Tensor, sigma: Tensor, image_ids: Tensor, text_ids: Tensor,
                 on_block: Callable[[int, int], None] | None = None) -> Tensor:

@@ -1,0 +1,201 @@
+"""From dense to packed layers in memory, from a checkpoint to a network, and from a network to what a file holds.
+
+`build_and_load` makes a network whose tensors are views of the memory-mapped checkpoint: packed weights and, unless a
+dtype is asked for, dense ones too are never copied, so that processes share them and opening takes no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from linocut.errors import FormatError, PolicyError
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.names import BFLCheckpoint, is_bfl
+from linocut.formats.packed import PackedTensor
+from linocut.models.linear import (
+    FakeQuantEmbedding,
+    FakeQuantLinear,
+    PackedEmbedding,
+    PackedLinear,
+    StoredEmbedding,
+    StoredLinear,
+)
+from linocut.quantize.policy import DENSE, Policy
+from linocut.quantize.rounding import quantize_tensor
+
+Model = TypeVar("Model", bound=nn.Module)
+Weights = Checkpoint | BFLCheckpoint
+StateValue = np.ndarray | PackedTensor | tuple[np.ndarray, str]
+
+
+# ---------------------------------------------------------------------------------------- dense to packed, in memory
+
+def quantize_(model: nn.Module, policy: Policy, fake: bool = False, eps: float = 0.0, clip: float | None = None,
+              method: str = "exact") -> dict[str, tuple[str, str]]:
+    """Replace the layers that `policy` picks, in place, and return its decisions {module path: (encoding, reason)}.
+
+    fake=False packs the weights (rounded by `method`); fake=True makes trainable layers that compute with quantized
+    weights and keep the latent ones (the same Parameter objects), with mixing `eps` and gradient clipping `clip`.
+    Raises PolicyError if the policy does not fit the model or picks a layer with a bias.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
+    decisions = policy.plan({name: tuple(module.weight.shape) for name, module in layers.items()})
+    for name, (encoding, reason) in decisions.items():
+        module = layers[name]
+        if encoding != DENSE and getattr(module, "bias", None) is not None:
+            raise PolicyError(f"{name} has a bias, which packed layers do not; make it dense ({reason})")
+    for name, (encoding, _) in decisions.items():
+        if encoding == DENSE:
+            continue
+        module = layers[name]
+        if not fake:
+            packed = quantize_tensor(module.weight, encoding, method=method, name=name)
+            kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
+            swapped: nn.Module = kind.from_packed(packed).to(module.weight.device)
+        elif isinstance(module, nn.Linear):
+            swapped = FakeQuantLinear.from_linear(module, encoding, eps, clip)
+        else:
+            swapped = FakeQuantEmbedding.from_embedding(module, encoding, eps)
+        _replace(model, name, swapped.train(module.training))
+    return decisions
+
+
+def set_eps(model: nn.Module, eps: float) -> None:
+    """Set the mixing of the latent weight in every fake-quantized layer (annealing: from about 0.5 down to 0)."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+            module.eps = eps
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# -------------------------------------------------------------------------------------------- checkpoint to network
+
+def tensor_from(checkpoint: Weights, name: str) -> Tensor:
+    """Tensor `name` as a view of the memory map, in its stored dtype."""
+    tensor = torch.from_numpy(checkpoint.array(name))
+    return tensor.view(torch.bfloat16) if checkpoint.info(name).dtype == "BF16" else tensor
+
+
+def build_and_load(model_cls: Callable[..., Model], config: Any, checkpoint: Weights,
+                   dtype: torch.dtype | None = None, compute_dtype: torch.dtype | None = None,
+                   **arguments: Any) -> Model:
+    """A network `model_cls(config, **arguments)` on the CPU, in eval mode, with the weights of `checkpoint`.
+
+    Layers that the checkpoint holds packed become packed layers. Dense floating-point tensors are cast to `dtype`, or
+    without one stay as they are stored, and their Linears compute in the dtype of the activations. Embedding rows come
+    out in `compute_dtype` (if not given: `dtype`, or else float32). Raises FormatError that names the tensor if the
+    checkpoint misses one, holds one that the network does not know, or one of another shape. A FLUX.2 single file with
+    the original names is accepted.
+    """
+    compute_dtype = compute_dtype or dtype or torch.float32
+    if isinstance(checkpoint, Checkpoint) and is_bfl(checkpoint.names):
+        checkpoint = BFLCheckpoint(checkpoint)
+    with torch.device("meta"):
+        model = model_cls(config, **arguments)
+    rename: Callable[[str], str | None] = getattr(model, "rename_key", lambda name: name)
+    wanted = {rename(name): name for name in checkpoint.names}
+    wanted.pop(None, None)
+    _place_packed(model, checkpoint, rename, compute_dtype)
+    if dtype is None:
+        _place_stored(model, compute_dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(set(shapes) - set(wanted))
+    if missing:
+        raise FormatError(f"tensor is missing ({len(missing)} in all)", tensor=missing[0],
+                          expected=list(shapes[missing[0]]), found="nothing",
+                          advice="is this the checkpoint of another model, or an incomplete download?")
+    state: dict[str, Tensor] = {}
+    for target, name in wanted.items():
+        assert target is not None
+        tensor = tensor_from(checkpoint, name)
+        if target in shapes and tuple(tensor.shape) != shapes[target]:
+            raise FormatError("tensor has another shape than the config says", tensor=name,
+                              expected=list(shapes[target]), found=list(tensor.shape))
+        packed_part = target.rpartition(".")[2] in ("codes", "scales", "zeros")
+        if dtype is not None and tensor.is_floating_point() and not packed_part:
+            tensor = tensor.to(dtype)
+        state[target] = tensor
+    result = model.load_state_dict(state, strict=False, assign=True)
+    if result.unexpected_keys:
+        extra = sorted(result.unexpected_keys)
+        raise FormatError(f"tensor is not part of this network ({len(extra)} in all)", tensor=extra[0],
+                          advice="is this the checkpoint of another model?")
+    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if left:
+        raise FormatError("tensor has no value after loading", tensor=left[0])
+    return model.requires_grad_(False).eval()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _place_packed(model: nn.Module, checkpoint: Weights, rename: Callable[[str], str | None],
+                  compute_dtype: torch.dtype) -> None:
+    modules = dict(model.named_modules())
+    for name, entry in checkpoint.packed.items():
+        renamed = rename(f"{name}.codes")
+        if renamed is None:
+            continue
+        target, shape = renamed.removesuffix(".codes"), entry.shape
+        module = modules.get(target)
+        if not isinstance(module, nn.Linear | nn.Embedding) or getattr(module, "bias", None) is not None:
+            raise FormatError("packed weight for something that is no Linear without bias and no Embedding",
+                              tensor=name, found=type(module).__name__ if module is not None else "no such layer",
+                              advice="is this the checkpoint of another model?")
+        if tuple(module.weight.shape) != shape:
+            raise FormatError("packed weight has another shape than the config says", tensor=name,
+                              expected=list(module.weight.shape), found=list(shape))
+        with torch.device("meta"):
+            if isinstance(module, nn.Linear):
+                _replace(model, target, PackedLinear(shape[1], shape[0], entry.encoding))
+            else:
+                embedding = PackedEmbedding(shape[0], shape[1], entry.encoding)
+                embedding.dtype = compute_dtype
+                _replace(model, target, embedding)
+
+
+def _place_stored(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear:
+                _replace(model, name, StoredLinear(module.in_features, module.out_features, module.bias is not None))
+            elif type(module) is nn.Embedding:
+                _replace(model, name, StoredEmbedding(module.num_embeddings, module.embedding_dim,
+                                                      dtype_out=compute_dtype))
+
+
+# -------------------------------------------------------------------------------------------------- network to file
+
+def packed_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, StateValue]:
+    """What `formats.checkpoint.write_checkpoint` stores of a network: {name: array or PackedTensor}.
+
+    Packed and fake-quantized layers come under their module path, as PackedTensor (fake ones by tied rounding, which
+    is what they trained with); all else under its state-dict name, cast to `dtype` if one is given. bfloat16 becomes
+    a pair (uint16 array, "BF16").
+    """
+    kinds = (PackedLinear, PackedEmbedding, FakeQuantLinear, FakeQuantEmbedding)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    inside = {f"{name}.{key}" for name, module in packed.items() for key in module.state_dict()}
+    state: dict[str, StateValue] = {name: module.to_packed() for name, module in packed.items()}
+    for name, tensor in model.state_dict().items():
+        if name in inside:
+            continue
+        value = tensor.detach().cpu().contiguous()
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        if value.dtype == torch.bfloat16:
+            state[name] = (value.view(torch.uint16).numpy(), "BF16")
+        else:
+            state[name] = value.numpy()
+    return state
