@@ -32,8 +32,8 @@ LARGEST_SEED = 2**63 - 1
 class Recipe:
     """Everything that decides the pixels of one picture, and what it was drawn with.
 
-    `seed` is None when the noise came from a generator whose state no seed gives. `tile` is the side of the decoder's
-    tiles in latent cells, or None for one piece.
+    `seed` is None when the noise came from a generator whose state no seed gives. `tile` is the height in pixels of
+    the strips that the decoder worked in, or None for one piece.
     """
 
     model: str

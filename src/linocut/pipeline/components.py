@@ -1,0 +1,103 @@
+"""The three networks of a model, one after another in memory.
+
+A component is built around memory-mapped weights when its phase begins and dropped when it ends, unless the model is
+small enough as a whole to stay (`memory.should_keep`); then a second picture starts at once.
+"""
+
+import contextlib
+import ctypes
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from linocut.formats.folder import ModelFolder
+from linocut.models.autoencoder import Autoencoder, AutoencoderConfig
+from linocut.models.convert import build_and_load
+from linocut.models.flux2 import Flux2Config, Flux2Transformer
+from linocut.models.text_encoder import PromptTokenizer, Qwen3Config, Qwen3Encoder
+
+
+class Components:
+    """Builds, keeps and drops the networks of one model folder."""
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
+        self.folder, self.dtype, self.device, self.keep = folder, dtype, device, keep
+        self._kept: dict[str, nn.Module] = {}
+        self._tokenizer: PromptTokenizer | None = None
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = PromptTokenizer.from_folder(self.folder.path("tokenizer"),
+                                                          self.folder.settings["text_length"])
+        return self._tokenizer
+
+    @contextlib.contextmanager
+    def use(self, name: str) -> Iterator[Any]:
+        """Yield the network `name` ("text_encoder", "transformer" or "vae"); drop it afterwards unless it is kept."""
+        model = self._kept.get(name)
+        if model is None:
+            model = self._build(name)
+            if self.keep:
+                self._kept[name] = model
+        try:
+            yield model
+        finally:
+            del model
+            if not self.keep:
+                give_memory_back()
+
+    def vae_for_previews(self) -> Autoencoder:
+        """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
+        if "vae" in self._kept:
+            return self._kept["vae"]  # type: ignore[return-value]
+        # Without a stored preview map one is fitted by running the decoder, which then has to compute in float32.
+        return self._build("vae", cast=not self.folder.config("vae").get("preview"))  # type: ignore[return-value]
+
+    def drop(self) -> None:
+        """Forget every network that was kept."""
+        self._kept.clear()
+        self._tokenizer = None
+        give_memory_back()
+
+    def _build(self, name: str, cast: bool = True) -> nn.Module:
+        config, dtype = self.folder.config(name), self.dtype
+        model: nn.Module
+        with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
+            if name == "transformer":
+                model = build_and_load(Flux2Transformer, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
+            elif name == "text_encoder":
+                model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
+                                       taps=tuple(self.folder.settings["text_taps"]))
+            else:
+                # A CPU decodes pictures in float32 whatever the transformer runs in: it costs little and bands less.
+                dtype = torch.float32 if self.device.type == "cpu" else dtype
+                model = build_and_load(PictureDecoder, AutoencoderConfig.from_dict(config), checkpoint,
+                                       dtype=dtype if cast else None)
+        return model if self.device.type == "cpu" else model.to(self.device)
+
+
+class PictureDecoder(Autoencoder):
+    """The autoencoder without its encoder, which drawing does not need."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config)
+        del self.encoder
+        self.quant_conv = None
+
+    def rename_key(self, name: str) -> str | None:
+        """The name of a checkpoint's tensor in this network, or None for the encoder's."""
+        return None if name.startswith(("encoder.", "quant_conv.")) else name
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system, so that the next component starts from a flat floor.
+
+    Collects cycles first; then asks glibc, which otherwise keeps freed pieces below its mmap threshold.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,200 @@
+"""From prompts to pictures: `Pipeline`, in diffusers' words.
+
+    >>> pipe = Pipeline.from_pretrained("embedded")
+    >>> pipe("two red apples and a blue cup", seed=7).images[0].save("apples.png")
+
+Components live one after another: prompts are encoded, latents denoised, pictures decoded (`linocut.pipeline.run`).
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from linocut.errors import FormatError, UsageError
+from linocut.formats.folder import ModelFolder
+from linocut.kernels import dispatch
+from linocut.pipeline import memory
+from linocut.pipeline.components import Components
+from linocut.pipeline.png import Recipe
+from linocut.pipeline.request import make_request
+from linocut.pipeline.run import Cancel, Picture, Progress, Run, StepCallback, StepState
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["GenerationResult", "Picture", "Pipeline", "Progress", "StepState"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a call returns.
+
+    `timings` has, per phase ("encode", "denoise", "decode"), `seconds`, of these `load_seconds` to open the network,
+    and `peak_rss` in bytes; "denoise" also the seconds of each step.
+    """
+
+    images: list["Image"]
+    seeds: list[int | None]
+    recipes: list[Recipe]
+    timings: dict[str, dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the first picture."""
+        return self.recipes[0]
+
+
+class Pipeline:
+    """Draws pictures with one model. Not safe for use from several threads at once; make one per thread.
+
+    Attributes: `folder` the model's files; `dtype`, `device` of the computation; `timings` of the last call.
+    """
+
+    def __init__(self, folder: ModelFolder, *, dtype: str | torch.dtype = "float32", threads: int | None = None,
+                 device: str | torch.device = "cpu", keep_loaded: bool | None = None) -> None:
+        self.folder = folder
+        self.dtype = _dtype(dtype)
+        self.device = torch.device(device)
+        _check_model(folder)
+        _use_threads(threads)
+        if keep_loaded is None:
+            keep_loaded = memory.should_keep({name: memory.component_bytes(folder, name)
+                                              for name in ("transformer", "text_encoder", "vae")})
+        self.components = Components(folder, self.dtype, self.device, keep_loaded)
+        self.timings: dict[str, dict[str, Any]] = {}
+        self._hash: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "embedded", *,
+                        dtype: str | torch.dtype = "float32", threads: int | None = None,
+                        device: str | torch.device = "cpu", keep_loaded: bool | None = None) -> "Pipeline":
+        """Open a model: "embedded", "embedded-binary", a folder, or a Hugging Face id.
+
+        Args:
+            dtype: of the computation; "float32" (default), "bfloat16" or "float16".
+            threads: CPU threads for this process; default `LINOCUT_THREADS`, else torch's own choice.
+            device: where to compute; the command line uses "cpu".
+            keep_loaded: keep networks in memory between pictures; default: if the model is under 256 MB.
+        Opening reads configs and headers only; weights enter memory as they are used.
+        Raises ModelNotFoundError, FormatError or UsageError.
+        """
+        return cls(ModelFolder.open(name_or_path), dtype=dtype, threads=threads, device=device,
+                   keep_loaded=keep_loaded)
+
+    def __call__(self, prompt: str | Sequence[str], *, width: int | None = None, height: int | None = None,
+                 num_inference_steps: int | None = None, seed: int | Sequence[int] | None = None,
+                 generator: Generators | None = None, num_images: int = 1, guidance_scale: float | None = None,
+                 callback_on_step_end: StepCallback | None = None, cancel: Cancel | None = None,
+                 on_progress: Callable[[Progress], None] | None = None) -> GenerationResult:
+        """Draw pictures and return them all. The arguments are those of `draw`."""
+        pictures = list(self.draw(prompt, width=width, height=height, num_inference_steps=num_inference_steps,
+                                  seed=seed, generator=generator, num_images=num_images,
+                                  guidance_scale=guidance_scale, callback_on_step_end=callback_on_step_end,
+                                  cancel=cancel, on_progress=on_progress))
+        noted = list(dict.fromkeys(note for picture in pictures for note in picture.warnings))
+        for note in noted:
+            warnings.warn(note, stacklevel=2)
+        return GenerationResult([p.image for p in pictures], [p.recipe.seed for p in pictures],
+                                [p.recipe for p in pictures], self.timings, noted)
+
+    def draw(self, prompt: str | Sequence[str], *, width: int | None = None, height: int | None = None,
+             num_inference_steps: int | None = None, seed: int | Sequence[int] | None = None,
+             generator: Generators | None = None, num_images: int = 1, guidance_scale: float | None = None,
+             callback_on_step_end: StepCallback | None = None, cancel: Cancel | None = None,
+             on_progress: Callable[[Progress], None] | None = None) -> Iterator[Picture]:
+        """Check the request now, then yield pictures as they get ready: every prompt with every seed.
+
+        Args:
+            prompt: one, or several.
+            width, height: pixels, multiples of 32; default: the model's.
+            num_inference_steps: default: the model's (4 for distilled ones).
+            seed: picture i of a prompt uses seed + i; several seeds draw each; None draws a random one per prompt.
+            generator: CPU generator(s) to draw noise from instead, as in diffusers.
+            num_images: pictures per prompt and seed.
+            guidance_scale: for models that are not distilled; above 1 it costs a second pass per step.
+            callback_on_step_end: called as (pipe, i, sigma, state) after step i; see `StepState`. Its result is unused.
+            cancel: a `threading.Event`, or a function that returns True to stop; asked after every block.
+            on_progress: gets a `Progress` after every layer, block and strip.
+        Raises UsageError if it cannot be drawn, Cancelled if `cancel` says so.
+        """
+        sources = [] if generator is None else [generator] if isinstance(generator, torch.Generator) else generator
+        request = make_request(prompt, self.folder.settings, width=width, height=height,
+                               num_inference_steps=num_inference_steps, seed=seed, num_images=num_images,
+                               guidance_scale=guidance_scale, generators=len(sources))
+        plan = self.plan(request.width, request.height, base=memory.resident_bytes())
+        if self.device.type == "cpu":
+            memory.refuse_if_too_large(plan, already=memory.resident_bytes())
+        run = Run(self, request, plan.tile, sources, callback_on_step_end, cancel, on_progress)
+        self.timings = {}
+        return run.pictures()
+
+    def plan(self, width: int | None = None, height: int | None = None, *,
+             base: int = memory.BASE_BYTES) -> memory.Plan:
+        """Predict memory per phase for a picture of this size; see `linocut.pipeline.memory`."""
+        default_width, default_height = self.folder.settings["default_size"]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return memory.plan(self.folder, width or default_width, height or default_height, dtype=dtype,
+                           keep_loaded=self.components.keep, base=base)
+
+    @property
+    def model_hash(self) -> str:
+        if self._hash is None:
+            self._hash = self.folder.hash()
+        return self._hash
+
+    def kernel(self, tokens: int) -> str:
+        """Name of the kernel that the transformer's packed layers run on with this many tokens; "torch" if none is."""
+        with self.folder.checkpoint("transformer") as checkpoint:
+            for entry in checkpoint.packed.values():
+                if entry.encoding != "affine4":
+                    o, n = entry.shape
+                    return dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, entry.encoding,
+                                                            torch.get_num_threads())).name
+        return "torch"
+
+    def close(self) -> None:
+        """Drop networks that were kept in memory."""
+        self.components.drop()
+
+
+def _check_model(folder: ModelFolder) -> None:
+    """Raise FormatError if the three networks do not fit together, before any of them is loaded."""
+    transformer, text, vae = (folder.config(name) for name in ("transformer", "text_encoder", "vae"))
+    width = len(folder.settings["text_taps"]) * text.get("hidden_size", 0)
+    for what, expected, found in (
+            ("joint_attention_dim of the transformer", width, transformer.get("joint_attention_dim")),
+            ("in_channels of the transformer", 4 * vae.get("latent_channels", 0), transformer.get("in_channels"))):
+        if expected != found:
+            raise FormatError(f"{what} does not fit its neighbours", path=folder.root, expected=expected, found=found)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} (found {dtype!r})")
+    return found
+
+
+def _use_threads(threads: int | None) -> None:
+    """Set the number of CPU threads of torch and of the kernels: the argument, else LINOCUT_THREADS, else as it is."""
+    asked = os.environ.get("LINOCUT_THREADS", "").strip()
+    if threads is None and not asked:
+        return
+    given = asked if threads is None else threads
+    if isinstance(given, str) and given.isdecimal():
+        given = int(given)
+    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= 4096:
+        raise UsageError(f"threads must be a whole number, 1 or more (found {given!r})")
+    torch.set_num_threads(given)
+    if asked:
+        os.environ["LINOCUT_THREADS"] = str(given)
+
+

@@ -1,0 +1,292 @@
+"""The memory planner: bytes on disk and peak bytes in memory per phase, from configs and file headers alone.
+
+Nothing is loaded and torch is not imported, so a plan costs milliseconds. A phase's peak is
+
+    base          what the process holds anyway: interpreter, torch, libraries
+  + weights       file bytes that the phase touches through the memory map, plus copies in another dtype
+  + activations   the largest set of tensors alive at one moment, by closed forms
+  + scratch       decoded rows of one packed layer at a time
+
+Peaks are of resident memory as `measure.Meter` measures it. The closed forms are upper estimates: a plan must not be
+below what is measured, and tests hold it to at most twice that. Mapped weights count fully although the system may
+evict them; so a machine with a little less than the plan still works, slower.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linocut.errors import FormatError, UsageError
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.folder import ModelFolder
+
+MB = 10**6
+BASE_BYTES = 330 * MB
+"""Resident memory of a process that has imported torch and drawn a picture of next to no size."""
+SCRATCH_BYTES = 32 * MB
+"""Decoded rows of a packed layer, at most (`linocut.kernels.blocked`), with what the matrix product itself takes."""
+KEEP_BELOW_BYTES = 256 * MB
+"""Models whose components are smaller than this together stay loaded between phases and pictures."""
+TILE_ABOVE_BYTES = 2000 * MB
+"""The decoder works in tiles if its activations would pass this. A constant, since tiling may move last bits."""
+TILE_ROWS = 256
+"""Height of the strips that the decoder then works in, in pixels."""
+SIZE_MULTIPLE = 32
+LARGEST_SIDE = 16384
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_PAGE_CLUSTER = 64 * 1024  # a page fault in a mapped file brings in its neighbours
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of one phase; `held` are components that stay loaded from earlier phases."""
+
+    name: str
+    weights: int
+    activations: int
+    scratch: int
+    held: int = 0
+    base: int = BASE_BYTES
+
+    @property
+    def peak(self) -> int:
+        return self.base + self.held + self.weights + self.activations + self.scratch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What drawing one picture takes. Sizes in bytes; `tile` in pixels or None."""
+
+    model: str
+    width: int
+    height: int
+    dtype: str
+    disk: dict[str, int]
+    keep_loaded: bool
+    tile: int | None
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: phase.peak).name
+
+    def to_dict(self) -> dict[str, Any]:
+        phases = {p.name: {"peak": p.peak, "base": p.base, "held": p.held, "weights": p.weights,
+                           "activations": p.activations, "scratch": p.scratch} for p in self.phases}
+        return {"model": self.model, "width": self.width, "height": self.height, "dtype": self.dtype,
+                "disk": {**self.disk, "total": sum(self.disk.values())}, "peak": self.peak,
+                "peak_phase": self.peak_phase, "keep_loaded": self.keep_loaded, "tile": self.tile, "phases": phases}
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise UsageError unless both sides are positive multiples of 32 that any picture could have."""
+    for name, value in (("width", width), ("height", height)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"{name} must be a whole number of pixels (found {value!r})")
+        if value <= 0:
+            raise UsageError(f"{name} must be positive (found {value})")
+        if value % SIZE_MULTIPLE:
+            below = value // SIZE_MULTIPLE * SIZE_MULTIPLE
+            near = f"{below} or {below + SIZE_MULTIPLE}" if below else str(SIZE_MULTIPLE)
+            raise UsageError(f"{name} must be a multiple of {SIZE_MULTIPLE} (found {value}); use {near}")
+
+
+def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32", pictures: int = 1,
+         keep_loaded: bool | None = None, base: int = BASE_BYTES) -> Plan:
+    """Predict what drawing takes on a CPU: file sizes, and the peak of resident memory per phase.
+
+    Args:
+        folder: the model; only its configs and the headers of its weight files are read.
+        pictures: pictures whose latents wait for the decoder together.
+        keep_loaded: whether components stay loaded between phases; None decides by the model's size.
+        base: resident bytes of the process before anything is loaded.
+    Raises UsageError for an impossible size or dtype, FormatError for a broken model.
+    """
+    check_size(width, height)
+    if dtype not in DTYPE_BYTES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPE_BYTES)} (found {dtype!r})")
+    settings = folder.settings
+    disk = {name: component_bytes(folder, name) for name in ("transformer", "text_encoder", "vae")}
+    tokenizer = folder.path("tokenizer")
+    disk["tokenizer"] = sum(file.stat().st_size for file in tokenizer.glob("*") if file.is_file())
+    keep = should_keep(disk) if keep_loaded is None else keep_loaded
+
+    size = DTYPE_BYTES[dtype]
+    text_length = int(settings["text_length"])
+    image_tokens = (width // 16) * (height // 16)
+    features, encode_work = _encode_bytes(folder.config("text_encoder"), text_length,
+                                          len(settings["text_taps"]), size)
+    denoise_work, latents = _denoise_bytes(folder.config("transformer"), text_length, image_tokens, size)
+    tile = tile_for(folder.config("vae"), width, height, size)
+    decode_work = _decode_bytes(folder.config("vae"), width, height, tile, size)
+
+    weights = {}
+    for name in ("text_encoder", "transformer", "vae"):
+        with folder.checkpoint(name) as checkpoint:
+            layers = max(settings["text_taps"]) if name == "text_encoder" else None
+            weights[name] = _touched_bytes(checkpoint, dtype, layers, text_length, only_decoder=name == "vae")
+    held = weights if keep else dict.fromkeys(weights, 0)
+    waiting = pictures * latents
+    phases = (
+        Phase("encode", weights["text_encoder"], encode_work + features, SCRATCH_BYTES, base=base),
+        Phase("denoise", weights["transformer"], denoise_work + features + waiting, SCRATCH_BYTES,
+              held["text_encoder"], base),
+        Phase("decode", weights["vae"], decode_work + waiting + 4 * width * height, 0,
+              held["text_encoder"] + held["transformer"], base),
+    )
+    return Plan(folder.name, width, height, dtype, disk, keep, tile, phases)
+
+
+def should_keep(disk: dict[str, int]) -> bool:
+    """Whether components stay loaded between phases: yes for a model that is small as a whole."""
+    return sum(disk.values()) <= KEEP_BELOW_BYTES
+
+
+def component_bytes(folder: ModelFolder, name: str) -> int:
+    """Size of a component's weight files on disk."""
+    with folder.checkpoint(name) as checkpoint:
+        return checkpoint.file_nbytes
+
+
+def tile_for(vae: dict[str, Any], width: int, height: int, size: int = 4) -> int | None:
+    """Return the height in pixels of the strips that the decoder works in, or None to decode in one piece.
+
+    Depends on the model and the size alone, not on the machine: the same recipe gives the same pixels.
+    """
+    return TILE_ROWS if _decode_bytes(vae, width, height, None, size) > TILE_ABOVE_BYTES else None
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take: what the system calls available, within the container's limit."""
+    candidates = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                candidates.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        candidates.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    if not candidates:
+        with contextlib.suppress(ImportError):
+            import psutil
+            candidates.append(int(psutil.virtual_memory().available))
+    return max(0, min(candidates)) if candidates else None
+
+
+def refuse_if_too_large(plan: Plan, *, already: int = 0, available: int | None = None) -> None:
+    """Raise UsageError if the plan needs more memory than there is; the message says how much and what to do.
+
+    `already` are the bytes that this process holds now; `available` is what else there is (default: ask the system).
+    """
+    free = available_bytes() if available is None else available
+    free = None if free is None else free + already
+    if max(plan.width, plan.height) > LARGEST_SIDE:
+        raise UsageError(f"{plan.width}x{plan.height} is out of reach: it would need {gigabytes(plan.peak)} while "
+                         f"{plan.peak_phase[:-1]}ing, and sides end at {LARGEST_SIDE}; choose a smaller --size")
+    if free is not None and plan.peak > free:
+        raise UsageError(f"{plan.width}x{plan.height} with {plan.model} would need {gigabytes(plan.peak)} "
+                         f"while {plan.peak_phase[:-1]}ing, and {gigabytes(free)} are free; choose a smaller --size")
+
+
+def gigabytes(count: int) -> str:
+    """Format bytes for people: '812 MB', '5.1 GB'."""
+    if count < 10**9:
+        return f"{count / MB:.0f} MB" if count >= 10 * MB else f"{count / MB:.1f} MB"
+    return f"{count / 10**9:,.1f} GB"
+
+
+# ---- closed forms -------------------------------------------------------------------------------------------------
+
+def _number(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise FormatError(f"config.json lacks a usable {key!r}", expected="a whole number", found=value)
+    return value
+
+
+def _encode_bytes(config: dict[str, Any], tokens: int, taps: int, size: int) -> tuple[int, int]:
+    """Return (features that live on, work of one layer) of the text encoder."""
+    width, mlp = _number(config, "hidden_size"), _number(config, "intermediate_size")
+    heads = _number(config, "num_attention_heads")
+    head = _number(config, "head_dim", width // max(heads, 1))
+    kv = _number(config, "num_key_value_heads", heads)
+    features = tokens * taps * width * size
+    # Residual, normed, taps kept and their concatenation; q, k, v with rotated float32 copies; scores; the MLP.
+    layer = tokens * (4 * width + 3 * heads * head + 4 * kv * head + 4 * mlp) + 2 * heads * tokens * tokens
+    return features, features + layer * max(size, 4)
+
+
+def _denoise_bytes(config: dict[str, Any], text: int, image: int, size: int) -> tuple[int, int]:
+    """Return (work of the largest block, latents of one picture)."""
+    width = _number(config, "num_attention_heads") * _number(config, "attention_head_dim")
+    mlp = int(width * float(config.get("mlp_ratio", 3.0)))
+    tokens = text + image
+    # A single-stream block holds the residual, its modulated copy, the fused projection (3D + 2M), attention's
+    # output (D), the gated MLP (2M) and their concatenation; rotated float32 copies of q and k live before that.
+    block = tokens * max((7 * width + 4 * mlp) * size, (6 * width + 2 * mlp) * size + 5 * width * 4)
+    latents = image * _number(config, "in_channels") * 4
+    return block + 6 * latents, latents
+
+
+def _decode_bytes(config: dict[str, Any], width: int, height: int, tile: int | None, size: int) -> int:
+    """Return the work of the decoder: its widest layers at full resolution."""
+    channels = config.get("decoder_block_out_channels") or config.get("block_out_channels")
+    if not isinstance(channels, list) or not channels:
+        raise FormatError("the VAE's config.json lacks 'block_out_channels'", expected="a list", found=channels)
+    scale = 2 ** (len(channels) - 1)
+    area = width * height
+    if tile is not None:
+        area = width * min(height, tile)
+    # At full resolution the first block reads the next coarser stage's width: its input, normed and activated
+    # copies and the convolution's reordered input and output are alive together.
+    widest = channels[min(1, len(channels) - 1)]
+    work = area * (4 * widest + 2 * channels[0]) * size
+    # The middle attention works on (H/8 * W/8)^2 scores in one head.
+    cells = area // scale**2
+    attention = cells * channels[-1] * 6 * size
+    return max(work, attention) + 2 * width * height * 3 * 4
+
+
+def _touched_bytes(checkpoint: Checkpoint, dtype: str, layers: int | None, tokens: int,
+                   only_decoder: bool = False) -> int:
+    """Bytes of a checkpoint that become resident: mapped pages that are read, and copies cast to `dtype`."""
+    total = 0
+    for name in checkpoint.names:
+        info = checkpoint.info(name)
+        if layers is not None and _layer_index(name) >= layers:
+            continue
+        if only_decoder and name.startswith(("encoder.", "quant_conv.")):
+            continue
+        if ("embed_tokens." in name or name.startswith("lm_head")) and info.shape:
+            total += 0 if name.startswith("lm_head") else min(info.nbytes, tokens * _PAGE_CLUSTER)
+            continue
+        total += info.nbytes
+        if info.dtype in _STORED.values() and info.dtype != _STORED[dtype] and not name.endswith(".scales"):
+            total += info.count * DTYPE_BYTES[dtype]
+    return total
+
+
+def _layer_index(name: str) -> int:
+    """Return 12 for 'model.layers.12.mlp.up_proj.codes', and -1 for a tensor outside the layers."""
+    parts = name.split(".")
+    if "layers" in parts[:-1]:
+        with contextlib.suppress(ValueError):
+            return int(parts[parts.index("layers") + 1])
+    return -1
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where it cannot be told."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(ImportError):
+        import psutil
+        return int(psutil.Process().memory_info().rss)
+    return 0

@@ -1,0 +1,124 @@
+"""What is asked of a pipeline, checked before anything is loaded. Needs no torch.
+
+A request becomes a list of `Job`s, one per picture, in the order in which the pictures come out: every prompt with
+every seed, and each of these `num_images` times with seed, seed + 1, ...
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from linocut.errors import UsageError
+from linocut.pipeline.memory import check_size
+from linocut.pipeline.png import LARGEST_SEED
+
+MOST_STEPS = 1000
+MOST_IMAGES = 100_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw. `noise_from` is the index of the caller's generator, or None to seed one with `seed`."""
+
+    index: int
+    prompt: str
+    seed: int | None
+    noise_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request."""
+
+    jobs: tuple[Job, ...]
+    width: int
+    height: int
+    steps: int
+    guidance: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs: two passes per step."""
+        return self.guidance > 1
+
+
+def check_prompt(prompt: object) -> str:
+    """Return the prompt, or raise UsageError if there is nothing to draw in it."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be text (found {type(prompt).__name__})")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; say what to draw")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not valid UTF-8; check the encoding of the terminal or the file") from None
+    return prompt
+
+
+def check_seed(seed: object) -> int:
+    """Return the seed, or raise UsageError unless it is a whole number in 0 .. 2^63 - 1."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UsageError(f"a seed must be a whole number (found {seed!r})")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"a seed must lie in 0..{LARGEST_SEED} (found {seed}); leave it out for a random one")
+    return seed
+
+
+def random_seed() -> int:
+    """A seed to print and to keep: 32 bits are enough and easy to copy."""
+    return secrets.randbelow(2**32)
+
+
+def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width: int | None = None,
+                 height: int | None = None, num_inference_steps: int | None = None,
+                 seed: int | Sequence[int] | None = None, num_images: int = 1, guidance_scale: float | None = None,
+                 generators: int = 0) -> Request:
+    """Check a request against a model's settings and spell it out as jobs.
+
+    Args:
+        settings: `ModelFolder.settings`, which give the default size, steps and whether the model is distilled.
+        generators: how many noise generators the caller brings instead of seeds; 0 for none.
+    Raises UsageError for anything that cannot be drawn.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UsageError("no prompt; say what to draw")
+    prompts = [check_prompt(each) for each in prompts]
+
+    default_width, default_height = settings["default_size"]
+    width, height = (default_width if width is None else width), (default_height if height is None else height)
+    check_size(width, height)
+
+    steps = settings["default_steps"] if num_inference_steps is None else num_inference_steps
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MOST_STEPS:
+        raise UsageError(f"steps must be a whole number in 1..{MOST_STEPS} (found {steps!r})")
+    if not isinstance(num_images, int) or isinstance(num_images, bool) or not 1 <= num_images <= MOST_IMAGES:
+        raise UsageError(f"the number of images must be a whole number in 1..{MOST_IMAGES} (found {num_images!r})")
+
+    distilled = bool(settings["is_distilled"])
+    if guidance_scale is None:
+        guidance = 1.0 if distilled else 4.0
+    else:
+        guidance = float(guidance_scale)
+        if not 0 <= guidance <= 100:  # also catches NaN
+            raise UsageError(f"guidance must lie in 0..100 (found {guidance_scale})")
+        if distilled and guidance > 1:
+            raise UsageError(f"this model is distilled: guidance {guidance:g} would change nothing; leave it out")
+
+    jobs: list[Job] = []
+    if generators:
+        if seed is not None:
+            raise UsageError("give a seed or a generator, not both")
+        for text in prompts:
+            for source in range(generators):
+                jobs += [Job(len(jobs) + i, text, None, source) for i in range(num_images)]
+    else:
+        for text in prompts:
+            given = [random_seed()] if seed is None else [seed] if isinstance(seed, int) else list(seed)
+            for each in given:
+                first = check_seed(each)
+                jobs += [Job(len(jobs) + i, text, check_seed(first + i)) for i in range(num_images)]
+        if not jobs:
+            raise UsageError("the list of seeds is empty; give at least one, or none at all for a random one")
+    return Request(tuple(jobs), width, height, steps, guidance)
