@@ -326,8 +326,8 @@ def fit_preview(vae: Autoencoder, latents: Tensor | None = None, seed: int = 0) 
     if latents is None:
         generator = torch.Generator().manual_seed(seed)
         channels = CELL * CELL * vae.config.latent_channels
-        fields = [F.interpolate(torch.randn((1, channels, side, side), generator=generator), (8, 8), mode="bicubic")
-                  for side in (1, 2, 2, 3, 4, 4)]
+        fields = [F.interpolate(torch.randn((1, channels, side, side), generator=generator), (4, 4), mode="bicubic")
+                  for side in (1, 1, 2, 2, 3, 4)]
         latents = torch.cat(fields).to(device)
     colours, features = [], []
     for one in latents.split(1):
