@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from linocut.errors import FormatError, PolicyError
 from linocut.formats.checkpoint import Checkpoint
@@ -99,7 +100,7 @@ def build_and_load(model_cls: Callable[..., Model], config: Any, checkpoint: Wei
     compute_dtype = compute_dtype or dtype or torch.float32
     if isinstance(checkpoint, Checkpoint) and is_bfl(checkpoint.names):
         checkpoint = BFLCheckpoint(checkpoint)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialization():
         model = model_cls(config, **arguments)
     rename: Callable[[str], str | None] = getattr(model, "rename_key", lambda name: name)
     wanted = {rename(name): name for name in checkpoint.names}
@@ -156,7 +157,7 @@ def _place_packed(model: nn.Module, checkpoint: Weights, rename: Callable[[str],
         if tuple(module.weight.shape) != shape:
             raise FormatError("packed weight has another shape than the config says", tensor=name,
                               expected=list(module.weight.shape), found=list(shape))
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialization():
             if isinstance(module, nn.Linear):
                 _replace(model, target, PackedLinear(shape[1], shape[0], entry.encoding))
             else:
@@ -166,13 +167,28 @@ def _place_packed(model: nn.Module, checkpoint: Weights, rename: Callable[[str],
 
 
 def _place_stored(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialization():
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear:
                 _replace(model, name, StoredLinear(module.in_features, module.out_features, module.bias is not None))
             elif type(module) is nn.Embedding:
                 _replace(model, name, StoredEmbedding(module.num_embeddings, module.embedding_dim,
                                                       dtype_out=compute_dtype))
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Skips random initialization inside the context.
+
+    Drawing random numbers on the meta device makes torch import its compiler: two seconds, for values nobody reads.
+    """
+
+    _DRAWS = frozenset(("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_",
+                        "xavier_uniform_", "xavier_normal_"))
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 # -------------------------------------------------------------------------------------------------- network to file
