@@ -46,7 +46,8 @@ class _Shard:
         try:
             with open(path, "rb") as file:
                 self.nbytes = os.fstat(file.fileno()).st_size
-                length = header_length(file.read(8), self.nbytes, path)
+                length = header_length(file.read(9), self.nbytes, path)
+                file.seek(8)
                 self.header: Header = parse_header(file.read(length), self.nbytes, path)
                 # copy-on-write: arrays are writable as torch wants them, and the file never changes
                 try:

@@ -111,12 +111,12 @@ def _fail(problem: str, path: object, tensor: str | None = None, expected: objec
 
 
 def header_length(start: bytes, file_size: int, path: object) -> int:
-    """The header length in the first 8 bytes of a file, after refusing what is not safetensors at all."""
+    """The header length from the first 9 bytes of a file, after refusing what is not safetensors at all."""
     disguises = {b"\x80": "a Python pickle, which could run code", b"PK\x03\x04": "a zip archive (a PyTorch pickle)",
                  b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file"}
     for magic, what in disguises.items():
-        # a real length of 100 MB or less has zeros in bytes 5..8, so these cannot be mistaken for one
-        if start.startswith(magic) and start[4:8] != b"\0\0\0\0":
+        # the length of a real header may begin with any of these bytes, but then its JSON follows
+        if start.startswith(magic) and start[8:9] != b"{":
             raise _fail("this is not a safetensors file", path, expected="safetensors", found=what)
     if file_size < 8 or len(start) < 8:
         raise _fail("file is too short for a safetensors header", path, expected="at least 8 bytes",

@@ -106,10 +106,12 @@ class CheckpointWriter:
         self._resume = resume
         self._hashes: dict[str, str] = {}
         self._fd = -1
+        self._owned = False  # the partial file is ours to remove
         self._log: Any = None
         try:
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             self._lock()
+            self._owned = True
             fresh = not (resume and self._recover())
             if fresh:
                 self._hashes.clear()
@@ -119,11 +121,12 @@ class CheckpointWriter:
             self._log = open(self.journal, "w" if fresh else "a", encoding="utf-8")  # noqa: SIM115
             if fresh:
                 self._note({"plan": self._fingerprint()})
-        except OSError as error:
-            if isinstance(error, LinocutError):
-                raise
-            self._release(remove=error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT))
-            raise WriteError(self.path, error) from error
+        except BaseException as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            self._release(remove=full or not resume)
+            if isinstance(error, OSError) and not isinstance(error, LinocutError):
+                raise WriteError(self.path, error) from error
+            raise
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -287,6 +290,7 @@ class CheckpointWriter:
             os.replace(self.partial, self.path)
         except OSError as error:
             raise WriteError(self.path, error) from error
+        self._owned = False
         self._log.close()
         with contextlib.suppress(OSError):
             self.journal.unlink()
@@ -297,15 +301,15 @@ class CheckpointWriter:
         self._release(remove=True)
 
     def _release(self, remove: bool) -> None:
-        held = self._fd >= 0
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()
-        if held:
+        if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
-        if remove and held:
+        owned, self._owned = self._owned, False
+        if remove and owned:
             for path in (self.partial, self.journal):
                 with contextlib.suppress(OSError):
                     path.unlink()
