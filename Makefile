@@ -1,0 +1,77 @@
+# linocut: one command for each thing. Every target sets up what it needs in .venv and does only what is out of date.
+#
+#   make demo    install, build, draw demo.png with the embedded ternary model     (MODEL=embedded-binary for binary)
+#   make test    install everything and run all tests                              (PYTEST_ARGS="tests/kernels -x")
+#   make lint    ruff and mypy                   make build   build the C++ module again
+#   make wheel   dist/: manylinux wheel, sdist   make clean   remove what was built; make distclean: .venv too
+
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
+	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$name && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= two red apples and a blue cup
+MODEL ?= embedded
+SEED ?= 1
+OUT ?= demo.png
+PYTEST_ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint build wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//;2,/^$$/p' Makefile
+
+# The stamps record what .venv holds; a change of the files that decide it makes them run again.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "linocut needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "this Python has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first: everything after it then accepts the build that is there.
+$(VENV)/.run: $(VENV)/.created constraints.txt $(NATIVE)
+	@echo "installing torch, then linocut with its dependencies and its C++ module (a minute or two) ..."
+	$(PIP) torch
+	$(PIP) scikit-build-core nanobind ninja cmake
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@echo "installing what the tests need ..."
+	$(PIP) --no-build-isolation --editable '.[test,release]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.run
+	$(PIP) ruff mypy
+	@touch $@
+
+build: $(VENV)/.run
+	@$(BIN)/python -c 'from linocut import _native; print("built:", _native.build_info())'
+
+demo: $(VENV)/.run
+	$(BIN)/linocut generate "$(PROMPT)" --model $(MODEL) --seed $(SEED) --output $(OUT) --force
+	@echo "the picture is $(abspath $(OUT)); draw your own: $(BIN)/linocut generate \"a green frog above a book\""
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.test
+	$(BIN)/python scripts/build_wheel.py dist
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f $(VENV)/.run $(VENV)/.test
+
+distclean: clean
+	rm -rf $(VENV)
