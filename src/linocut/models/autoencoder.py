@@ -49,8 +49,11 @@ class AutoencoderConfig:
             found = list(found) if isinstance(found, tuple) else found
             if found != expected:
                 raise FormatError(f"{key} is not supported", path="vae/config.json", expected=expected, found=found)
-        values = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = {}
+        for name in cls.__dataclass_fields__:
+            if config.get(name) is not None:
+                values[name] = tuple(config[name]) if isinstance(config[name], list) else config[name]
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` of this model, as diffusers writes and reads it."""
@@ -220,12 +223,17 @@ class Decoder(nn.Module):
 class PreviewMap(nn.Module):
     """Linear map from latent channels to red, green and blue in [0, 1]; empty until it is fitted or loaded."""
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", None if channels is None else torch.zeros(3, channels))
         self.register_buffer("bias", None if channels is None else torch.full((3,), 0.5))
 
     def forward(self, z: Tensor) -> Tensor:
+        assert self.weight is not None
+        assert self.bias is not None
         colours = torch.einsum("bchw,rc->brhw", z.float(), self.weight.float())
         return (colours + self.bias.float()[:, None, None]).clamp(0, 1)
 
@@ -283,8 +291,11 @@ class Autoencoder(nn.Module):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         # The eps belongs inside the root (klein's is 1e-4, large enough to matter).
-        mean = self.bn.running_mean.to(like)[:, None, None]
-        return mean, (self.bn.running_var.float() + self.config.batch_norm_eps).sqrt().to(like)[:, None, None]
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        assert mean is not None
+        assert variance is not None
+        mean = mean.to(like)[:, None, None]
+        return mean, (variance.float() + self.config.batch_norm_eps).sqrt().to(like)[:, None, None]
 
     def latents_from_image(self, image: Tensor) -> Tensor:
         """Normalised, patchified latents [B, 4C, H/16, W/16] of a picture in [-1, 1]: the mode, nothing is drawn."""
@@ -321,8 +332,8 @@ def fit_preview(vae: Autoencoder, latents: Tensor | None = None, seed: int = 0) 
     `latents` [B, 4C, h, w] are normalised latents of typical pictures (from `latents_from_image`). Without them,
     random latents take their place, smoothed at several scales, since those of pictures are smooth too.
     """
-    device = vae.bn.running_mean.device
-    dtype = next(vae.decoder.parameters()).dtype
+    some = vae.decoder.conv_in.weight
+    device, dtype = some.device, some.dtype
     if latents is None:
         generator = torch.Generator().manual_seed(seed)
         channels = CELL * CELL * vae.config.latent_channels

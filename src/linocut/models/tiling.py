@@ -13,13 +13,14 @@ convolution computed twice: the upsampling before the last stage, whose output, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linocut.errors import UsageError
-from linocut.models.autoencoder import Autoencoder, AutoencoderConfig, OnTile, ResnetBlock
+from linocut.models.autoencoder import Autoencoder, AutoencoderConfig, OnTile, ResnetBlock, UpBlock, Upsample
 
 Fetch = Callable[[int, int], Tensor]  # rows lo..hi-1 of a feature map, [1, C, hi - lo, W]
 
@@ -29,12 +30,14 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0  # sum of squared distances from the mean
+        self.mean: Tensor
+        self.squares: Tensor  # sum of squared distances from the mean
 
     def add(self, strip: Tensor) -> None:
         variance, mean = (value.double() for value in torch.var_mean(strip.float(), dim=(2, 3), correction=0))
         count = strip.shape[2] * strip.shape[3]
+        if self.count == 0:
+            self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)
         total, distance = self.count + count, mean - self.mean
         self.squares = self.squares + variance * count + distance**2 * (self.count * count / total)
         self.mean = self.mean + distance * (count / total)
@@ -131,8 +134,9 @@ def _decode_one(vae: Autoencoder, z: Tensor, strips: _Strips) -> Tensor:
     moments.add(x)
     strips.tick()
     upsampler: nn.Conv2d | None = None
-    for block in decoder.up_blocks:
-        resnets, last = list(block.resnets), block is decoder.up_blocks[-1]
+    blocks = cast(list[UpBlock], list(decoder.up_blocks))
+    for block in blocks:
+        resnets, last = cast(list[ResnetBlock], list(block.resnets)), block is blocks[-1]
         if upsampler is not None:
             height, width = 2 * x.shape[2], 2 * x.shape[3]
             fetch, moments = _upsampled(upsampler, x), _Moments()
@@ -151,7 +155,7 @@ def _decode_one(vae: Autoencoder, z: Tensor, strips: _Strips) -> Tensor:
             del fetch, stored
         for resnet in resnets:
             x, moments = _residual(resnet, _stored(x), moments, x, x, strips)
-        upsampler = None if last else block.upsamplers[0].conv
+        upsampler = None if last else cast(Upsample, block.upsamplers[0]).conv
     activate = moments.activation(decoder.conv_norm_out, x.dtype)
     image = x.new_empty(1, decoder.conv_out.out_channels, *x.shape[2:])
     for top, bottom in strips.over(x.shape[2]):
@@ -169,7 +173,7 @@ def decode_in_strips(vae: Autoencoder, z: Tensor, rows: int, on_tile: OnTile | N
     if rows < 1:
         raise UsageError(f"a strip must be at least 1 row tall, found {rows}; 32 to 128 work well")
     total = 1
-    for stage, block in enumerate(vae.decoder.up_blocks):
+    for stage, block in enumerate(cast(list[UpBlock], list(vae.decoder.up_blocks))):
         passes = 2 * len(block.resnets) + (stage > 0)
         total += -(-(z.shape[2] << stage) // rows) * passes
     total += -(-(z.shape[2] * vae.factor) // rows)
