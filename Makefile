@@ -16,7 +16,7 @@ SEED ?= 1
 OUT ?= demo.png
 PYTEST_ARGS ?=
 
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help

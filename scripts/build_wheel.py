@@ -36,7 +36,7 @@ def build(target: Path) -> list[Path]:
         run("build", "--no-isolation", "--wheel", "--outdir", scratch / "raw", source)
         (wheel,) = (scratch / "raw").glob("*.whl")
         if wheel.name.endswith("-any.whl"):
-            raise SystemExit("the C++ module did not build, and a wheel without it is not one to hand out; is g++ there?")
+            raise SystemExit("the C++ module did not build, and a wheel without it is not for others; is g++ there?")
         if sys.platform == "linux":
             run("auditwheel", "repair", "--wheel-dir", scratch / "repaired", wheel)
             (wheel,) = (scratch / "repaired").glob("*.whl")

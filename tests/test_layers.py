@@ -1,4 +1,5 @@
-"""Imports run one way: formats -> quantize -> kernels -> models -> pipeline -> {cli, studio, eval, train, integrations}.
+"""Imports run one way:
+formats -> quantize -> kernels -> models -> pipeline -> {cli, studio, eval, train, integrations}.
 
 The order is read off the source by `ast`, so imports inside functions count too. What it buys: any inner layer can be
 read, tested and replaced without knowing what is built on it.
@@ -25,7 +26,7 @@ def allowed(package: str) -> set[str]:
 
 
 def linocut_imports(tree: ast.AST) -> set[str]:
-    """First name below `linocut` of each absolute import, e.g. "kernels" for `from linocut.kernels.problem import X`."""
+    """First name below `linocut` of each import, e.g. "kernels" for `from linocut.kernels.problem import X`."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

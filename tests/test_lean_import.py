@@ -19,7 +19,7 @@ def run(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
                           env=environment, timeout=60)
 
 
-REPORT = "import sys; print('HEAVY', [name for name in {heavy!r} if name in sys.modules])".format(heavy=HEAVY)
+REPORT = f"import sys; print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
 COMMAND_LINE = "import sys\nfrom linocut.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    " + REPORT
 
 

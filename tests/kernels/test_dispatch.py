@@ -61,7 +61,7 @@ def test_a_module_of_another_build_is_refused(monkeypatch):
 
 
 def test_an_override_that_cannot_run_says_why(no_module):
-    with dispatch.use_kernel("native"), pytest.raises(KernelError, match="cannot run .*make build"):
+    with dispatch.use_kernel("native"), pytest.raises(KernelError, match=r"cannot run .*make build"):
         dispatch.select(a_problem())
 
 
