@@ -29,7 +29,7 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     torch.manual_seed(recipe.data.seed + 1 + ranks.rank)
     renderer = SceneRenderer(sprites, recipe.data.size, device)
     optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    forward = torch.compile(_losses) if device.type == "cuda" else _losses
+    forward = torch.compile(_losses, dynamic=False) if device.type == "cuda" else _losses
     schedule = Schedule(settings, ranks)
     pool, pools = _pool(recipe, renderer, ranks, 0), 0
     for step in schedule:

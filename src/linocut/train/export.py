@@ -1,0 +1,100 @@
+"""Stage `export`: trained students become a model folder that the pipeline opens, both encodings side by side.
+
+The folder shares text encoder, tokenizer and VAE; `transformer/` is the ternary student and `transformer-binary/` the
+binary one. Dense tensors are stored in float16.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from linocut.formats.packed import GROUP_SIZE
+from linocut.formats.writer import atomic_write_bytes, write_checkpoint
+from linocut.models.convert import packed_state, quantize_
+from linocut.quantize.policy import Policy
+from linocut.train.autoencoder import load_vae
+from linocut.train.loop import load_weights, to_arrays
+from linocut.train.painter import Painter
+from linocut.train.recipe import Recipe
+
+FOLDERS = {"ternary": "transformer", "binary": "transformer-binary"}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+             "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+             "max_image_seq_len": 4096, "time_shift_type": "exponential"}
+
+
+def export(recipe: Recipe, run: Path, target: Path) -> None:
+    """Write the model folder of every student found in the run folder."""
+    found = [encoding for encoding in FOLDERS if (run / encoding).is_dir()]
+    write_json(target / "model_index.json", model_index(recipe))
+    write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    vae = load_vae(recipe, run, torch.device("cpu"))
+    write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
+    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))  # type: ignore[arg-type]
+    for encoding in found:
+        painter, policy = quantized(recipe, encoding), Policy.preset("flux2-embedded", encoding)
+        load_weights(painter, run / encoding)
+        folder = target / FOLDERS[encoding]
+        _write_packed(folder, "diffusion_pytorch_model.safetensors", painter.transformer,
+                      recipe.transformer.to_dict(), policy)
+        _write_packed(target / "text_encoder", "model.safetensors", painter.text_encoder,
+                      recipe.text_encoder.to_dict(), Policy.preset("qwen3", "affine4"))
+    print(f"  wrote {target} ({', '.join(found)}): {folder_bytes(target) / 1e6:.2f} MB", flush=True)
+
+
+def export_dense(recipe: Recipe, stage: str, run: Path, target: Path) -> None:
+    """Write an unquantized stage (`teacher` or `fewstep`) as a model folder in bfloat16, for comparing pictures."""
+    painter = Painter(recipe)
+    load_weights(painter, run / stage)
+    index = model_index(recipe)
+    write_json(target / "model_index.json", index)
+    write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    vae = load_vae(recipe, run, torch.device("cpu"))
+    write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
+    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))  # type: ignore[arg-type]
+    for folder, file, module, config in (
+            ("transformer", "diffusion_pytorch_model.safetensors", painter.transformer, recipe.transformer.to_dict()),
+            ("text_encoder", "model.safetensors", painter.text_encoder, recipe.text_encoder.to_dict())):
+        write_json(target / folder / "config.json", config)
+        write_checkpoint(target / folder / file, to_arrays(module.state_dict(), "BF16"))  # type: ignore[arg-type]
+
+
+def quantized(recipe: Recipe, encoding: str) -> Painter:
+    """A painter with fake-quantized layers, ready for the latent weights of a student."""
+    painter = Painter(recipe)
+    quantize_(painter.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
+    quantize_(painter.transformer, Policy.preset("flux2-embedded", encoding), fake=True)
+    return painter
+
+
+def model_index(recipe: Recipe) -> dict[str, object]:
+    """`model_index.json`: diffusers' component table and this project's settings."""
+    return {"_class_name": "Flux2KleinPipeline", "is_distilled": True,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+            "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
+            "linocut": {"name": recipe.name, "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
+                        "default_size": [recipe.data.size, recipe.data.size], "default_steps": recipe.distill.grid}}
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _write_packed(folder: Path, file: str, module: nn.Module, config: dict[str, object], policy: Policy) -> None:
+    quantization = {"quant_method": "linocut", "format_version": 1, "group_size": GROUP_SIZE, "policy": policy.to_dict()}
+    write_json(folder / "config.json", config | {"quantization_config": quantization})
+    write_checkpoint(folder / file, packed_state(module, torch.float16))
