@@ -20,7 +20,7 @@ from linocut.kernels import dispatch
 from linocut.pipeline import memory
 from linocut.pipeline.components import Components
 from linocut.pipeline.png import Recipe
-from linocut.pipeline.request import make_request
+from linocut.pipeline.request import Request, make_request
 from linocut.pipeline.run import Cancel, Picture, Progress, Run, StepCallback, StepState
 
 if TYPE_CHECKING:
@@ -129,10 +129,17 @@ class Pipeline:
         request = make_request(prompt, self.folder.settings, width=width, height=height,
                                num_inference_steps=num_inference_steps, seed=seed, num_images=num_images,
                                guidance_scale=guidance_scale, generators=len(sources))
+        return self.draw_request(request, sources, callback_on_step_end=callback_on_step_end, cancel=cancel,
+                                 on_progress=on_progress)
+
+    def draw_request(self, request: Request, generators: Sequence[torch.Generator] = (), *,
+                     callback_on_step_end: StepCallback | None = None, cancel: Cancel | None = None,
+                     on_progress: Callable[[Progress], None] | None = None) -> Iterator[Picture]:
+        """As `draw`, for a request that `make_request` has checked and spelled out already."""
         plan = self.plan(request.width, request.height, base=memory.resident_bytes())
         if self.device.type == "cpu":
             memory.refuse_if_too_large(plan, already=memory.resident_bytes())
-        run = Run(self, request, plan.tile, sources, callback_on_step_end, cancel, on_progress)
+        run = Run(self, request, plan.tile, generators, callback_on_step_end, cancel, on_progress)
         self.timings = {}
         return run.pictures()
 
