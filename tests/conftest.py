@@ -10,3 +10,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete ternary model of next to no size; do not change its files."""
     from tiny_model import write_tiny_model
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete dense bf16 model of next to no size; do not change its files."""
+    from tiny_dense import TINY
+
+    from linocut.models.synthetic import write_synthetic
+    root = tmp_path_factory.mktemp("models") / "dense"
+    write_synthetic(root, TINY, "bf16")
+    return root
+
+
+@pytest.fixture(scope="session")
+def original_file(dense_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer of `dense_model` as one file in the original naming; do not change it."""
+    from tiny_dense import write_original_form
+    path = tmp_path_factory.mktemp("original") / "tiny.safetensors"
+    write_original_form(dense_model / "transformer", path)
+    return path

@@ -16,6 +16,8 @@ Two methods:
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str |
     rows = max(1, _BLOCK_WEIGHTS // max(1, w.shape[1]))
     for start in range(0, w.shape[0], rows):
         block = w.detach()[start : start + rows].float()
-        if not bool(torch.isfinite(block).all()):
+        if block.numel() and not bool(torch.isfinite(block.abs().max())):  # max hands a NaN on
             raise FormatError("weights are not all finite", tensor=name, expected="finite values", found="NaN or inf",
                               advice="the source is damaged or was saved from a diverged run")
         zeros = None
@@ -94,7 +96,7 @@ def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str |
             values, scales, zeros = quantize_affine4(block, method)
         blocks.append(pack(values.cpu().numpy(), scales.cpu().numpy(), encoding,
                            zeros=None if zeros is None else zeros.cpu().numpy()))
-    return _stack(blocks, tuple(w.shape))
+    return _stack(blocks, (w.shape[0], w.shape[1]))
 
 
 def relative_error(w: Tensor, packed: PackedTensor) -> float:
@@ -125,14 +127,15 @@ def fake_quantize(w: Tensor, encoding: str, eps: float | Tensor = 0.0, clip: flo
     gradient is cut where |w| > clip * scale. Computed in float32, returned in w's dtype.
     """
     _check_encoding(encoding)
-    return _StraightThrough.apply(w, encoding, eps, clip)
+    result: Tensor = _StraightThrough.apply(w, encoding, eps, clip)
+    return result
 
 
 class _StraightThrough(torch.autograd.Function):
     """Forward: quantized weights. Backward: the gradient passes unchanged, or masked where the weight is clipped."""
 
     @staticmethod
-    def forward(ctx, w: Tensor, encoding: str, eps: float | Tensor, clip: float | None) -> Tensor:
+    def forward(ctx: Any, w: Tensor, encoding: str, eps: float | Tensor, clip: float | None) -> Tensor:
         size = AFFINE_GROUP_SIZE if encoding == "affine4" else GROUP_SIZE
         grouped = _grouped(w, size)
         if encoding == "binary":
@@ -150,7 +153,7 @@ class _StraightThrough(torch.autograd.Function):
         return q.view(w.shape).to(w.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.clipped:
             (inside,) = ctx.saved_tensors
             grad = grad * inside
@@ -197,10 +200,9 @@ def _ternary_exact(g: Tensor) -> tuple[Tensor, Tensor]:
     best = (sums * sums / counts).argmax(-1, keepdim=True)
     scales = round_scale(sums.gather(-1, best) / (best + 1))
     # At the optimum the threshold is half the scale. Taking it from the *stored* scale keeps the codes nearest even
-    # where rounding or clamping moved the scale (a group of weights below 2^-25 becomes all zeros).
-    keep = magnitude > 0.5 * scales
-    scales = torch.where(keep.any(-1, keepdim=True), scales, SCALE_MIN)
-    return g.sign() * keep, scales
+    # where rounding or clamping moved the scale. A group of weights below 2^-25 becomes all zeros, and only such a
+    # group does: its scale is the smallest already.
+    return g.sign() * (magnitude > 0.5 * scales), scales
 
 
 def _descending(magnitude: Tensor) -> Tensor:
@@ -232,8 +234,8 @@ def _affine_search(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for shrink in _AFFINE_SHRINKS[1:]:
         signed, scales, zeros, error = _better(g, (signed, scales, zeros, error), _affine_range(g, shrink))
     refined = round_scale((g * signed).sum(-1, keepdim=True) / signed.square().sum(-1, keepdim=True).clamp_min(1.0))
-    candidate = (_nearest(g, refined, zeros), refined, zeros)
-    return _better(g, (signed, scales, zeros, error), candidate)[:3]
+    signed, scales, zeros, _ = _better(g, (signed, scales, zeros, error), (_nearest(g, refined, zeros), refined, zeros))
+    return signed, scales, zeros
 
 
 def _better(g: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

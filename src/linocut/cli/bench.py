@@ -1,0 +1,156 @@
+"""`linocut bench`: make a model of a known size with random weights, draw with it, print seconds and memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--synthetic", type=click.Choice(["klein-4b"]), required=True,
+              help="The model whose true shapes to fill with random weights.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where to make (or find) the model folder; without it, a temporary one.")
+@click.option("--encoding", type=click.Choice(["ternary", "binary", "both"]), default="ternary", show_default=True,
+              help="Transformer weights; 'both' makes DIR/ternary and DIR/binary.")
+@click.option("--source", "source", type=click.Choice(["bf16"]),
+              help="Make a dense model instead, as input for 'linocut quantize' (transformer only by default).")
+@click.option("--parts", metavar="LIST", help="Components to make, comma separated: transformer, text_encoder, vae, "
+              "tokenizer.")
+@click.option("--size", metavar="WxH", default="256x256", show_default=True, help="Picture to draw.")
+@click.option("--steps", type=click.IntRange(1, 100), default=4, show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads for drawing; all cores by default.")
+@click.option("--make-only", is_flag=True, help="Make the model, do not draw.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def command(synthetic: str, out: Path | None, encoding: str, source: str | None, parts: str | None, size: str,
+            steps: int, threads: int | None, make_only: bool, as_json: bool) -> None:
+    """Measure on random weights of a model's true shapes.
+
+    The folder is made once (deterministic, in little memory) and used again by the next run.
+    """
+    import json
+    import tempfile
+
+    from linocut.errors import UsageError
+    from linocut.models.synthetic import KNOWN, PARTS, share_parts, write_synthetic
+
+    chosen = tuple(part.strip() for part in parts.split(",")) if parts else (
+        ("transformer",) if source else PARTS)
+    if out is None and (make_only or source):
+        raise UsageError("say --out DIR, where the model shall stay")
+    width, height = _size(size)
+    measured: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="linocut-bench-") as temporary:
+        root = out or Path(temporary)
+        encodings = [source] if source else ["ternary", "binary"] if encoding == "both" else [encoding]
+        folders = [root / name if len(encodings) > 1 else root for name in encodings]
+        for name, folder in zip(encodings, folders, strict=True):
+            start = time.monotonic()
+            _refuse_other(folder, name)
+            if folder != folders[0]:
+                share_parts(folders[0], folder, tuple(part for part in chosen if part != "transformer"))
+            with _Bar("making") as bar:
+                write_synthetic(folder, KNOWN[synthetic], name, chosen, bar.update)
+            facts = {"model": synthetic, "encoding": name, "folder": str(folder),
+                     "make_seconds": round(time.monotonic() - start, 2), "bytes": _sizes(folder)}
+            if not make_only and not source:
+                facts |= _draw(folder, width, height, steps, threads)
+            measured.append(facts)
+            if not as_json:
+                _print(facts)
+    if as_json:
+        click.echo(json.dumps(measured, indent=2))
+
+
+def _size(text: str) -> tuple[int, int]:
+    from linocut.errors import UsageError
+
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UsageError(f"--size {text!r}: expected WIDTHxHEIGHT, for example 256x256") from None
+    return width, height
+
+
+def _refuse_other(folder: Path, encoding: str) -> None:
+    """A folder may be used again, but not for another encoding."""
+    from linocut.errors import UsageError
+    from linocut.formats.checkpoint import Checkpoint
+
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists() and not file.exists():
+        known = {"transformer", "text_encoder", "vae", "tokenizer"}
+        if not {path.name for path in folder.iterdir()} <= known:
+            raise UsageError(f"{folder}: holds other things; choose an empty or a new folder")
+    if file.exists():
+        with Checkpoint.open(file) as checkpoint:
+            found = next((entry.encoding for entry in checkpoint.packed.values()), "bf16")
+        if found != encoding:
+            raise UsageError(f"{folder}: holds a {found} model already; choose another folder for {encoding}")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    from linocut.formats.checkpoint import Checkpoint
+
+    sizes = {}
+    for part in ("transformer", "text_encoder", "vae"):
+        if (folder / part).is_dir():
+            with Checkpoint.open(folder / part) as checkpoint:
+                sizes[part] = checkpoint.tensor_nbytes
+    return sizes
+
+
+class _Bar:
+    """Progress on stderr; silent where that is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self.bar = Progress(TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                            TextColumn("[dim]{task.description}"), console=console, transient=True,
+                            disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=None)
+
+    def update(self, done: int, total: int, name: str) -> None:
+        self.bar.update(self.task, completed=done, total=total, description=name)
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _draw(folder: Path, width: int, height: int, steps: int, threads: int | None) -> dict[str, Any]:
+    """Draw one picture in this process: seconds and peak resident memory of each stage."""
+    from linocut.pipeline.generate import Pipeline
+
+    start = time.monotonic()
+    pipe = Pipeline.from_pretrained(folder, threads=threads)
+    opened = time.monotonic() - start
+    with _Bar("drawing") as bar:
+        result = pipe("a red apple and two blue cups on a wooden table", width=width, height=height,
+                      num_inference_steps=steps, seed=0,
+                      on_progress=lambda p: bar.update(p.done, p.total, p.phase))
+    return {"size": [width, height], "steps": steps, "kernel": result.recipe.kernel, "open_seconds": round(opened, 3),
+            "draw_seconds": round(time.monotonic() - start - opened, 2), "stages": result.timings}
+
+
+def _print(facts: dict[str, Any]) -> None:
+    sizes = ", ".join(f"{part} {nbytes:,}" for part, nbytes in facts["bytes"].items())
+    click.echo(f"{facts['model']} {facts['encoding']}: {facts['folder']}, made in {facts['make_seconds']:.1f} s\n"
+               f"tensor bytes: {sizes}")
+    if "stages" not in facts:
+        return
+    width, height = facts["size"]
+    click.echo(f"{width}x{height}, {facts['steps']} steps, kernel {facts['kernel']}: {facts['draw_seconds']:.1f} s")
+    click.echo(f"{'stage':<10}{'seconds':>10}{'of it loading':>16}{'peak RSS MB':>14}")
+    for stage, timing in facts["stages"].items():
+        click.echo(f"{stage:<10}{timing['seconds']:>10.2f}{timing['load_seconds']:>16.2f}"
+                   f"{timing['peak_rss'] / 1e6:>14.0f}")

@@ -1,0 +1,114 @@
+"""`linocut quantize`: a dense model becomes a binary or ternary one, without training data."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from linocut.quantize.stream import Report
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--encoding", type=click.Choice(["ternary", "binary"]), help="Values of the big weights. "
+              "Needed unless a policy file says it.")
+@click.option("--policy", "policy_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Which layers get which encoding (TOML or JSON); without it, FLUX.2's block linears.")
+@click.option("--text-encoder", type=click.Choice(["affine4", "keep"]), default="affine4", show_default=True,
+              help="Four bits, cut after the last layer in use; or as it is.")
+@click.option("--force", is_flag=True, help="Replace the model at DST if there is one.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Rounding threads; all cores by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(source: str, destination: Path, encoding: str | None, policy_file: Path | None, text_encoder: str,
+            force: bool, threads: int | None, as_json: bool) -> None:
+    """Quantize model SRC into the folder DST.
+
+    SRC is a model folder, a Hugging Face id, a transformer's folder, or one .safetensors file of a transformer in
+    diffusers' or the original FLUX.2 naming. The work can be stopped at any time and leaves nothing at DST; the same
+    command goes on where it stopped.
+
+    \b
+    linocut quantize black-forest-labs/FLUX.2-klein-4B klein-ternary --encoding ternary
+    """
+    from rich.console import Console
+
+    from linocut.errors import UsageError
+    from linocut.quantize.policy import Policy
+    from linocut.quantize.stream import quantize_folder
+
+    if policy_file is None and encoding is None:
+        raise UsageError("say --encoding ternary or --encoding binary, or pass a --policy file")
+    policy = None if policy_file is None else Policy.from_file(policy_file, encoding)
+    errors = Console(stderr=True)
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with _progress(errors) as on_progress:
+            report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
+                                     on_progress)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; nothing was written at {destination}. The same command goes on where it stopped.",
+                   err=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_report(report)
+
+
+def _stop(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+class _progress:
+    """A progress bar on stderr, counting weights; silent where stderr is no terminal."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                            TextColumn("[dim]{task.description}"), console=console, transient=True,
+                            disable=not console.is_terminal)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        task = self.bar.add_task("opening", total=None)
+        return lambda done, total, name: self.bar.update(task, completed=done, total=total, description=name)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _print_report(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("transformer layer", no_wrap=True)
+    for title in ("shape", "encoding", "MB", "bits/weight", "relative error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for tensor in report.of("transformer"):
+        if tensor.encoding != "dense":
+            table.add_row(tensor.name, "x".join(map(str, tensor.shape)), tensor.encoding, f"{tensor.nbytes / 1e6:.2f}",
+                          f"{tensor.bits_per_weight:.3f}", f"{tensor.relative_error:.4f}")
+    console.print(table)
+    console.print()
+    for component in dict.fromkeys(tensor.component for tensor in report.tensors):
+        totals = report.totals(component)
+        console.print(
+            f"{component}: {totals['packed_layers']} packed and {totals['dense_tensors']} dense tensors, "
+            f"{totals['tensor_bytes']:,} bytes ({totals['source_bytes'] / max(1, totals['tensor_bytes']):.2f} times "
+            f"smaller), {totals['bits_per_weight']:.3f} bits per weight, relative error of the packed weights "
+            f"{totals['relative_error']:.4f}", highlight=False, soft_wrap=True)
+    again = f", {report.resumed} tensors taken over from an earlier run" if report.resumed else ""
+    console.print(f"wrote {report.destination} in {report.seconds:.1f} s{again}", highlight=False, soft_wrap=True)
