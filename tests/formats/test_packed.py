@@ -307,3 +307,18 @@ def _seconds(packed: PackedTensor) -> float:
     start = time.perf_counter()
     dequantize(packed)
     return time.perf_counter() - start
+
+
+def test_the_text_of_the_format_says_the_same():
+    """Numbers in docs/format.md that code can check."""
+    import re
+    from pathlib import Path
+    text = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
+    listed = re.search(r"the 13 others\s+\(([0-9a-f ]+)\)", text)
+    assert listed is not None
+    assert [int(byte, 16) for byte in listed[1].split()] == [b for b in range(256) if not P._TRIT_VALID[b]]
+    rows = re.findall(r"^\| (\d+) \| ([\d x+]+) \| (\d+) \| (1\.\d{4}) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for n, _, size, bits in rows:
+        assert row_bytes("ternary", int(n)) == int(size)
+        assert f"{bits_per_weight('ternary', int(n)):.4f}" == bits

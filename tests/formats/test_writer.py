@@ -17,6 +17,7 @@ from linocut.errors import FormatError, LinocutError
 from linocut.formats import writer as writer_module
 from linocut.formats.checkpoint import Checkpoint, CheckpointWriter, WriteError, atomic_write_bytes, write_checkpoint
 
+ENV = os.environ | {"PYTHONPATH": str(Path(writer_module.__file__).resolve().parents[2])}
 OLD = {"w": np.arange(4, dtype=np.float32)}
 NEW = {"w": np.arange(4, dtype=np.float32) + 1, "big": np.zeros(100_000, np.float32)}
 
@@ -90,7 +91,7 @@ def test_a_size_limit_of_the_system(old):
             "from linocut.errors import LinocutError\n"
             "try: write_checkpoint(sys.argv[1], {'big': np.zeros(100000, np.float32)})\n"
             "except LinocutError as error: print(error); sys.exit(2)")
-    done = subprocess.run([sys.executable, "-c", code, str(old)], capture_output=True, text=True, check=False,
+    done = subprocess.run([sys.executable, "-c", code, str(old)], capture_output=True, text=True, check=False, env=ENV,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stdout
@@ -102,7 +103,7 @@ def test_killed_while_writing(old):
     code = ("import sys, time, numpy as np\nfrom linocut.formats.checkpoint import CheckpointWriter\n"
             "w = CheckpointWriter(sys.argv[1], [('w', 'F32', (4,)), ('big', 'F32', (100000,))], resume=True)\n"
             "w.write('big', np.ones(100000, np.float32))\nprint('half', flush=True)\ntime.sleep(60)")
-    child = subprocess.Popen([sys.executable, "-c", code, str(old)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code, str(old)], stdout=subprocess.PIPE, text=True, env=ENV)
     assert child.stdout is not None
     assert child.stdout.readline() == "half\n"
     with pytest.raises(WriteError, match="another process is writing"):
