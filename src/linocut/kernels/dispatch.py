@@ -24,6 +24,9 @@ from linocut.kernels.native import Generic, Native
 from linocut.kernels.problem import Candidate, PackedWeight, Problem, checked
 from linocut.kernels.reference import Reference
 
+__all__ = ["CANDIDATES", "Candidate", "PackedWeight", "Problem", "candidate", "dequantize", "explain", "linear",
+           "requested", "select", "use_kernel"]
+
 CANDIDATES: tuple[Candidate, ...] = (Native(), Reference(), Generic())
 _override: ContextVar[str | None] = ContextVar("linocut_kernel", default=None)
 

@@ -1,0 +1,205 @@
+"""The facts that `linocut doctor` prints: each function returns plain data, ready for JSON.
+
+Nothing is imported at the top that takes time; functions that need torch say so.
+"""
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+FLAGS_OF_INTEREST = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl",
+                     "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve")
+KERNEL_TOKENS = 320
+"""Tokens of the problem that the kernel choice is shown for: 256 image tokens and 64 text tokens."""
+
+
+def machine() -> Facts:
+    """Operating system, processor, memory in bytes, Python."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    model, flags = _processor()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"system": platform.platform(), "processor": model, "architecture": platform.machine(),
+            "logical_cores": os.cpu_count() or 1, "usable_cores": usable, "cpu_features": flags,
+            "memory_bytes": memory.total, "memory_available_bytes": memory.available,
+            "memory_limit_bytes": _cgroup_limit(), "python": platform.python_version(), "executable": sys.executable}
+
+
+def _processor() -> tuple[str, list[str]]:
+    """Model name and the instruction sets that matter here, from /proc where there is one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or "unknown", []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    found = set(fields.get("flags", fields.get("Features", "")).split())
+    name = fields.get("model name") or platform.processor() or "unknown"
+    return name, [flag for flag in FLAGS_OF_INTEREST if flag in found]
+
+
+def _cgroup_limit() -> int | None:
+    """Memory limit of the container in bytes, if there is one below the machine's own memory."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal() and int(text) < 1 << 60:
+            return int(text)
+    return None
+
+
+def libraries() -> list[Facts]:
+    """The package's own run-time dependencies with their installed versions (None: missing)."""
+    try:
+        wanted = [line.partition(";")[0].strip() for line in requires("linocut") or [] if "extra ==" not in line]
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        wanted = ["torch", "numpy", "tokenizers", "pillow", "click", "rich", "platformdirs", "huggingface_hub",
+                  "psutil"]
+    found = []
+    for requirement in wanted:
+        name = requirement
+        for mark in "<>=!~[ (":
+            name = name.partition(mark)[0]
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            installed = None
+        found.append({"name": name, "required": requirement[len(name):].strip(), "version": installed})
+    return found
+
+
+def native_module() -> Facts:
+    """The C++ module without importing torch: whether it loads, its build, and its decoder variants with reasons."""
+    try:
+        module = importlib.import_module("linocut._native")
+    except ImportError as error:
+        return {"available": False,
+                "detail": f"cannot be imported ({error}); drawing works without it, slower. Install a wheel that has "
+                          "it, or a C++ compiler and then the package again (in a clone: make build)"}
+    chosen = next((name for name, reason in module.variants() if not reason), None)
+    return {"available": True, "detail": module.build_info(),
+            "cpu_features": [name for name, supported in module.cpu_features() if supported],
+            "decoders": [{"name": name, "why_not": reason or None, "chosen": name == chosen}
+                         for name, reason in module.variants()]}
+
+
+def torch_build() -> Facts:
+    """Torch's version, back ends and devices. Imports torch."""
+    import torch
+
+    cuda = [{"name": torch.cuda.get_device_name(i), "memory_bytes": torch.cuda.get_device_properties(i).total_memory}
+            for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if cuda:
+        reason = "a CUDA device is there; the command line computes on the CPU, Pipeline(device='cuda') on the GPU"
+    elif torch.version.cuda is None:
+        reason = "this torch is built for the CPU only"
+    else:
+        reason = f"torch is built for CUDA {torch.version.cuda}, but no usable device or driver was found"
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "devices": cuda,
+            "device": "cpu", "reason": reason, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "mkldnn": torch.backends.mkldnn.is_available(),
+            "blas": "mkl" if torch.backends.mkl.is_available() else "other"}
+
+
+def threads() -> Facts:
+    """Threads that kernels use and why. Imports torch."""
+    from linocut.kernels.problem import thread_count
+
+    count, reason = thread_count()
+    return {"count": count, "reason": reason}
+
+
+def kernel_choices() -> list[Facts]:
+    """For each encoding and dtype: every candidate with its reason, and the chosen one. Imports torch."""
+    import torch
+
+    from linocut.formats.packed import ENCODINGS
+    from linocut.kernels import dispatch
+    from linocut.kernels.problem import Problem, thread_count
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    choices = []
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for encoding in ENCODINGS:
+                problem = Problem(device, dtype, KERNEL_TOKENS, 3072, 9216, encoding, thread_count()[0])
+                chosen = dispatch.select(problem)
+                candidates = [{"name": name, "why_not": reason} for name, reason in dispatch.explain(problem)]
+                asked = dispatch.requested()
+                why = chosen.summary if asked == "auto" else f"asked for by LINOCUT_KERNEL={asked}"
+                choices.append({"device": device, "dtype": str(dtype).removeprefix("torch."), "encoding": encoding,
+                                "chosen": chosen.name, "reason": why, "candidates": candidates})
+    return choices
+
+
+def kernel_checks(on_check: Callable[[Facts], None] = lambda facts: None) -> list[Facts]:
+    """Every kernel that can run here against the reference: klein-sized random weights, then embedded ones."""
+    import torch
+
+    from linocut.errors import LinocutError
+    from linocut.formats.folder import EMBEDDED, ModelFolder
+    from linocut.kernels import selfcheck
+    from linocut.kernels.problem import checked
+
+    results: list[Facts] = []
+
+    def keep(found: Any) -> None:
+        for check in found:
+            results.append(check.to_dict())
+            on_check(results[-1])
+
+    keep(selfcheck.check_model_sized())
+    for model in EMBEDDED:
+        try:
+            checkpoint = ModelFolder.open(model).checkpoint("transformer")
+        except LinocutError:
+            continue  # `models()` reports it
+        with checkpoint:
+            seen = set()
+            for name, entry in checkpoint.packed.items():
+                if (entry.encoding, entry.shape) in seen:
+                    continue
+                seen.add((entry.encoding, entry.shape))
+                packed = checkpoint.packed_tensor(name)
+                # Copies: the file must be free to close when the checks are done.
+                codes, scales = torch.from_numpy(packed.codes.copy()), torch.from_numpy(packed.scales.copy())
+                zeros = None if packed.zeros is None else torch.from_numpy(packed.zeros.copy())
+                weight = checked(codes, scales, zeros, entry.encoding, entry.shape[1])
+                del packed
+                keep(selfcheck.check_weight(weight, f"{model}: {name}", KERNEL_TOKENS))
+    return results
+
+
+def models(verify: bool) -> list[Facts]:
+    """The models inside the package: size and, if asked, SHA-256 and values of every tensor. Numpy only."""
+    from linocut.errors import LinocutError, ModelNotFoundError
+    from linocut.formats.folder import EMBEDDED, ModelFolder
+
+    found = []
+    for name in EMBEDDED:
+        facts: Facts = {"name": name, "ok": True, "bytes": 0, "tensors_verified": None, "hash": None,
+                        "detail": "present"}
+        try:
+            folder = ModelFolder.open(name)
+            for component in ("transformer", "text_encoder", "vae"):
+                with folder.checkpoint(component) as checkpoint:
+                    facts["bytes"] += checkpoint.file_nbytes
+                    if verify:
+                        facts["tensors_verified"] = (facts["tensors_verified"] or 0) + checkpoint.verify()
+            facts["hash"] = folder.hash()
+            if verify:
+                facts["detail"] = "every tensor's SHA-256 and values checked"
+        except ModelNotFoundError:
+            facts.update(ok=False, detail="its files are missing from this installation; install linocut again")
+        except (LinocutError, OSError) as error:
+            facts.update(ok=False, detail=f"damaged: {error}")
+        found.append(facts)
+    return found

@@ -1,0 +1,78 @@
+"""`linocut doctor`: tells the choices with reasons, notices a wrong kernel, and is quick when asked to be brief."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from linocut.cli import diagnosis, doctor
+from linocut.kernels import dispatch, native, selfcheck
+
+SMALL = (20, 384, 192)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The checks at a small size, and models that are all well: other tests look at those."""
+    monkeypatch.setattr(selfcheck.check_model_sized, "__defaults__", (SMALL, ("binary", "ternary", "affine4")))
+    monkeypatch.setattr("linocut.formats.folder.EMBEDDED", {})
+
+
+def run(*arguments):
+    done = CliRunner().invoke(doctor.command, arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def test_report_names_every_choice_and_its_reason(quick):
+    done = run()
+    assert done.exit_code == 0, done.output
+    for word in ("processor", "memory", "torch", "threads", "C++ module", "native", "reference", "generic",
+                 "LINOCUT_KERNEL=generic", "M=20", "error", "chosen"):
+        assert word in done.output
+
+
+def test_json_is_one_object(quick):
+    report = json.loads(run("--json").output)
+    assert report["ok"] is True
+    assert report["threads"]["count"] >= 1
+    assert {each["kernel"] for each in report["checks"]} >= {"native", "generic"}
+    assert all(each["error"] <= each["tolerance"] for each in report["checks"])
+    choice = report["kernels"][0]
+    assert choice["chosen"] == next(each["name"] for each in choice["candidates"] if each["why_not"] is None)
+    assert report["machine"]["memory_bytes"] > 0
+
+
+def test_a_wrong_kernel_fails_with_its_error(quick, monkeypatch):
+    right = native.Native.linear
+    monkeypatch.setattr(native.Native, "linear", lambda self, x, weight: right(self, x, weight) * 1.1)
+    done = run()
+    assert done.exit_code == 1
+    assert "FAIL" in done.output
+    assert "kernel native is wrong on ternary float32" in done.output
+    assert "LINOCUT_KERNEL=reference" in done.output
+
+
+def test_a_missing_module_is_a_line_and_no_failure(quick, monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(diagnosis.importlib, "import_module", missing)
+    monkeypatch.setattr(native, "status", lambda: (None, "linocut._native cannot be imported"))
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "MISSING: cannot be imported" in done.output
+    assert "reference for binary, ternary, affine4" in done.output
+    assert dispatch.requested() == "auto"
+
+
+def test_brief_loads_no_torch():
+    code = ("import sys\nfrom linocut.cli import main\ntry:\n    main(['doctor', '--brief'])\n"
+            "finally:\n    print('TORCH', 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert "TORCH False" in done.stdout, done.stdout + done.stderr
+    assert "processor" in done.stdout
