@@ -173,6 +173,7 @@ def structure_cases() -> list[Case]:
         ("overflow-shape", file_of({"w": entry("U8", [2**32, 2**32], 0, 0)}, b""), ("w", "impossible")),
         ("overflow-dimension", file_of({"w": entry("U8", [2**64], 0, 0)}, b""), ("w", "shape")),
         ("huge-zero-shape", file_of({"w": entry("U8", [2**62, 4, 0, 2**70], 0, 0)}, b""), ("w", "shape")),
+        ("huge-empty", file_of({"w": entry("F32", [2**62, 4, 0], 0, 0)}, b""), ("w", "impossible")),
         ("negative-dimension", file_of({"w": entry("F32", [-4], 0, 16)}, four), ("w", "-4")),
         ("two-negative-dimensions", file_of({"w": entry("F32", [-2, -2], 0, 16)}, four), ("w", "-2")),
         ("float-dimension", file_of({"w": entry("F32", [4.0], 0, 16)}, four), ("w", "4.0")),

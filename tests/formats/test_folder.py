@@ -116,7 +116,7 @@ except LinocutError as error:
 
 def run_hub(name: str, **env: str) -> str:
     done = subprocess.run([sys.executable, "-c", HUB, name], capture_output=True, text=True, check=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": SRC, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | env)
+                          env=os.environ | {"PYTHONPATH": SRC, "HF_HUB_DISABLE_XET": "1"} | env)
     return done.stdout.strip()
 
 

@@ -193,10 +193,11 @@ def _tensor(name: str, entry: Any, base: int, path: object) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)) or offsets[0] > offsets[1]:
         raise _fail("data_offsets have the wrong form", path, name, expected="[begin, end], 0 <= begin <= end",
                     found=printable(str(offsets)))
-    bits = DTYPES[dtype]
+    bits = extent = DTYPES[dtype]
     for size in shape:
         bits *= size
-    if bits % 8 or bits // 8 >= _LIMIT:
+        extent *= size or 1  # an empty tensor may not hide dimensions that no array can have
+    if bits % 8 or extent // 8 >= _LIMIT:
         raise _fail("shape describes an impossible size", path, name, expected="whole bytes, fewer than 2^63",
                     found=printable(str(shape)))
     if bits // 8 != offsets[1] - offsets[0]:
@@ -300,7 +301,7 @@ class Plan:
         """Length and JSON, padded with spaces to a multiple of 64 bytes; unknown hashes are written as zeros."""
         packed = {module: {"encoding": entry.encoding, "shape": list(entry.shape)}
                   for module, entry in sorted(self.packed.items())}
-        metadata = {"format": "pt"} | self.metadata | {
+        metadata = {"format": "pt"} | dict(sorted(self.metadata.items())) | {
             "linocut": _dumps({"version": FORMAT_VERSION, "packed": packed}),
             "sha256": _dumps({name: sha256.get(name, "0" * 64) for name in self._relative}),
         }
