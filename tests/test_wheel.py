@@ -55,9 +55,11 @@ def installed(request, archives, tmp_path_factory) -> Path:
 
 def run(installed: Path, cwd: Path, *command: str) -> "subprocess.CompletedProcess[str]":
     """Run an installed program elsewhere, with nothing of this repository on its paths."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LINOCUT", "PYTEST"))}
-    return subprocess.run([installed / command[0], *command[1:]], cwd=cwd, env={**environment, "HF_HUB_OFFLINE": "1"},
-                          capture_output=True, text=True, check=False)
+    ours = ("PYTHON", "LINOCUT", "PYTEST")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    environment["HF_HUB_OFFLINE"] = "1"
+    return subprocess.run([installed / command[0], *command[1:]], cwd=cwd, env=environment, capture_output=True,
+                          text=True, check=False)
 
 
 def test_the_installed_package_is_the_archive(installed, tmp_path):
