@@ -75,6 +75,19 @@ def unpatchify(z: Tensor) -> Tensor:
     return F.pixel_shuffle(z, CELL)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, on a CPU as a plain matrix product.
+
+    torch's own picks another algorithm for one thread than for several, and pixels shall not depend on that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        y = torch.matmul(self.weight[:, :, 0, 0], x.flatten(2)).unflatten(2, x.shape[2:])
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the channels change."""
 
@@ -84,7 +97,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = PointwiseConv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -251,8 +264,8 @@ class Autoencoder(nn.Module):
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        self.quant_conv = PointwiseConv(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = PointwiseConv(channels, channels, 1) if config.use_post_quant_conv else None
         # Only a holder of running_mean and running_var: it is never called, so training mode does not move them.
         self.bn = nn.BatchNorm2d(CELL * CELL * channels, eps=config.batch_norm_eps, affine=False)
         self.preview = PreviewMap(channels if config.preview else None)
