@@ -49,6 +49,12 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         return getattr(import_module(module), attribute)
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line of its own first
+            raise Cancelled("interrupted") from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
@@ -111,13 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Set `LINOCUT_DEBUG=1` to see the traceback of such an error instead.
     """
     try:
-        result = cli.main(list(arguments) if arguments is not None else None, prog_name="linocut",
+        result: object = cli.main(list(arguments) if arguments is not None else None, prog_name="linocut",
                           standalone_mode=False)
         sys.stdout.flush()
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", EXIT_INTERRUPTED)
-    except Cancelled as error:
-        _fail(error_line(error) or "cancelled", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort, Cancelled):
+        # A terminal has just shown ^C; what we say begins on a line of its own.
+        _fail("\ninterrupted" if sys.stderr.isatty() else "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         _close_pipe()
     except (click.ClickException, LinocutError, OSError, MemoryError) as error:

@@ -27,11 +27,13 @@ BASE_BYTES = 330 * MB
 """Resident memory of a process that has imported torch and drawn a picture of next to no size."""
 SCRATCH_BYTES = 32 * MB
 """Decoded rows of a packed layer, at most (`linocut.kernels.blocked`), with what the matrix product itself takes."""
+CONVOLUTION_BYTES = 64 * MB
+"""What the convolution library and the allocator hold back while a picture is decoded."""
 KEEP_BELOW_BYTES = 256 * MB
 """Models whose components are smaller than this together stay loaded between phases and pictures."""
 TILE_ABOVE_BYTES = 2000 * MB
 """The decoder works in tiles if its activations would pass this. A constant, since tiling may move last bits."""
-TILE_ROWS = 256
+TILE_ROWS = 64
 """Height of the strips that the decoder then works in, in pixels."""
 SIZE_MULTIPLE = 32
 LARGEST_SIDE = 16384
@@ -138,7 +140,7 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
         Phase("encode", weights["text_encoder"], encode_work + features, SCRATCH_BYTES, base=base),
         Phase("denoise", weights["transformer"], denoise_work + features + waiting, SCRATCH_BYTES,
               held["text_encoder"], base),
-        Phase("decode", weights["vae"], decode_work + waiting + 4 * width * height, 0,
+        Phase("decode", weights["vae"], decode_work + waiting + 4 * width * height, CONVOLUTION_BYTES,
               held["text_encoder"] + held["transformer"], base),
     )
     return Plan(folder.name, width, height, dtype, disk, keep, tile, phases)
@@ -240,18 +242,22 @@ def _decode_bytes(config: dict[str, Any], width: int, height: int, tile: int | N
     channels = config.get("decoder_block_out_channels") or config.get("block_out_channels")
     if not isinstance(channels, list) or not channels:
         raise FormatError("the VAE's config.json lacks 'block_out_channels'", expected="a list", found=channels)
-    scale = 2 ** (len(channels) - 1)
+    narrow, wide = channels[0], channels[min(1, len(channels) - 1)]
     area = width * height
-    if tile is not None:
-        area = width * min(height, tile)
-    # At full resolution the first block reads the next coarser stage's width: its input, normed and activated
-    # copies and the convolution's reordered input and output are alive together.
-    widest = channels[min(1, len(channels) - 1)]
-    work = area * (4 * widest + 2 * channels[0]) * size
-    # The middle attention works on (H/8 * W/8)^2 scores in one head.
-    cells = area // scale**2
-    attention = cells * channels[-1] * 6 * size
-    return max(work, attention) + 2 * width * height * 3 * 4
+    if tile is None:
+        # At full resolution the first block reads the next coarser stage's width: its input, normed and activated
+        # copies and the convolution's reordered input and output are alive together.
+        work = area * (4 * wide + 2 * narrow)
+    else:
+        # Two whole maps of a residual block and its input at half the resolution; all else is as tall as a strip.
+        held = [area * (wide / 4 + 2 * narrow)]
+        for stage in range(1, len(channels)):
+            inner = channels[min(stage + 1, len(channels) - 1)]
+            held.append((area >> (2 * stage)) * (inner + 2 * channels[stage]))
+        work = int(max(held)) + 6 * wide * min(tile + 2, height) * width
+    # The attention at the lowest resolution holds a few maps of the widest stage; its scores are never written out.
+    attention = (area >> (2 * (len(channels) - 1))) * channels[-1] * 8
+    return max(work, attention) * size + 2 * area * 3 * 4
 
 
 def _touched_bytes(checkpoint: Checkpoint, dtype: str, layers: int | None, tokens: int,

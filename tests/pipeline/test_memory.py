@@ -1,0 +1,71 @@
+"""The planner against what is measured, and its refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from linocut.errors import UsageError
+from linocut.formats.folder import ModelFolder
+from linocut.pipeline import memory
+from linocut.pipeline.generate import Pipeline
+from linocut.pipeline.measure import Meter
+
+
+def test_the_meter_sees_a_peak_that_is_gone_by_the_end() -> None:
+    meter = Meter()
+    with meter.phase("quiet"):
+        pass
+    before = memory.resident_bytes()
+    with meter.phase("loud"):
+        block = bytearray(200_000_000)
+        del block
+    assert meter.phases["loud"].peak_rss - before > 190_000_000
+    assert meter.phases["quiet"].peak_rss < before + 50_000_000
+
+
+@pytest.mark.parametrize("size", [64, 512])
+def test_the_plan_covers_what_is_measured(tiny_model: Path, size: int) -> None:
+    torch.set_num_threads(1)
+    pipe = Pipeline.from_pretrained(tiny_model, keep_loaded=False)
+    pipe("warm up", seed=1)  # so that library initialisation counts as the process's own memory
+    base = memory.resident_bytes()
+    plan = pipe.plan(size, size, base=base)
+    timings = pipe("a red apple", seed=1, width=size, height=size).timings
+    for phase in plan.phases:
+        measured = timings[phase.name]["peak_rss"]
+        assert phase.peak >= measured, phase.name
+        # Allowances of constant size are all there is in small pictures.
+        assert phase.peak - base <= 2 * max(measured - base, 0) + 70e6, phase.name
+
+
+def test_plans_grow_with_the_picture(tiny_model: Path) -> None:
+    folder = ModelFolder.open(tiny_model)
+    small, large = (memory.plan(folder, side, side) for side in (256, 1024))
+    assert large.peak > small.peak
+    assert large.disk == small.disk
+    assert sum(small.disk.values()) == sum(
+        file.stat().st_size for part in ("transformer", "text_encoder", "vae", "tokenizer")
+        for file in (tiny_model / part).iterdir() if file.name != "config.json")
+
+
+def test_kept_networks_count_in_later_phases(tiny_model: Path) -> None:
+    folder = ModelFolder.open(tiny_model)
+    kept, dropped = (memory.plan(folder, 64, 64, keep_loaded=keep) for keep in (True, False))
+    assert kept.phases[2].held == dropped.phases[0].weights + dropped.phases[1].weights
+    assert dropped.phases[2].held == 0
+
+
+def test_too_large_says_what_it_would_need(tiny_model: Path) -> None:
+    plan = memory.plan(ModelFolder.open(tiny_model), 8192, 8192)
+    with pytest.raises(UsageError, match=r"8192x8192 with tiny would need .* GB while .*ing, and 1\.0 GB are free"):
+        memory.refuse_if_too_large(plan, available=10**9)
+    memory.refuse_if_too_large(plan, available=10**13)
+    with pytest.raises(UsageError, match="out of reach"):
+        memory.refuse_if_too_large(memory.plan(ModelFolder.open(tiny_model), 10**6, 64), available=10**15)
+
+
+def test_the_phase_is_named_in_whole_words(tiny_model: Path) -> None:
+    plan = memory.plan(ModelFolder.open(tiny_model), 8192, 8192)
+    with pytest.raises(UsageError, match=r"while (encoding|denoising|decoding),"):
+        memory.refuse_if_too_large(plan, available=1)

@@ -1,0 +1,117 @@
+"""Pictures carry a recipe that survives, are written whole or not at all, and are read without trust."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from linocut.errors import FormatError, UsageError
+from linocut.pipeline.png import Recipe, encode_png, read_recipe, write_png
+
+RECIPE = Recipe("embedded", "0123456789ab", "a fox in the snow, ☃, \"quoted\"\nsecond line", 7, 64, 96, 4,
+                kernel="native", versions={"linocut": "0.1.0"})
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.effect_noise((64, 96), 50).convert("RGB")
+
+
+def test_recipe_and_pixels_survive(tmp_path: Path, image: Image.Image) -> None:
+    write_png(image, tmp_path / "a.png", RECIPE)
+    assert read_recipe(tmp_path / "a.png") == RECIPE
+    with Image.open(tmp_path / "a.png") as again:
+        assert again.tobytes() == image.tobytes()
+
+
+def test_parameters_line_is_the_one_galleries_read(image: Image.Image, tmp_path: Path) -> None:
+    write_png(image, tmp_path / "a.png", RECIPE)
+    with Image.open(tmp_path / "a.png") as again:
+        text = again.info["parameters"]
+    settings = "Steps: 4, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 64x96, Model hash: 0123456789ab, Model: embedded"
+    assert text.startswith(f"{RECIPE.prompt}\n{settings}")
+
+
+def test_same_picture_gives_same_bytes(image: Image.Image) -> None:
+    assert encode_png(image, RECIPE) == encode_png(image, RECIPE)
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, image: Image.Image) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="exists"):
+        write_png(image, path, RECIPE)
+    assert path.read_bytes() == b"precious"
+    write_png(image, path, RECIPE, force=True)
+    assert read_recipe(path) == RECIPE
+
+
+def test_force_through_a_link_replaces_what_it_points_to(tmp_path: Path, image: Image.Image) -> None:
+    (tmp_path / "real.png").write_bytes(b"old")
+    (tmp_path / "link.png").symlink_to("real.png")
+    write_png(image, tmp_path / "link.png", RECIPE, force=True)
+    assert (tmp_path / "link.png").is_symlink()
+    assert read_recipe(tmp_path / "real.png") == RECIPE
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left"):
+        write_png(image, tmp_path / "a.png", RECIPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_umask_decides_permissions(tmp_path: Path, image: Image.Image) -> None:
+    old = os.umask(0o022)
+    try:
+        write_png(image, tmp_path / "a.png", RECIPE)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_devices_are_written_in_place(image: Image.Image) -> None:
+    with pytest.raises(UsageError, match="/dev/full"):
+        write_png(image, "/dev/full", RECIPE)
+    write_png(image, "/dev/null", RECIPE)
+    assert Path("/dev/null").is_char_device()
+
+
+def broken(**changes: object) -> str:
+    fields = {**json.loads(RECIPE.to_json()), **changes}
+    return json.dumps({name: value for name, value in fields.items() if value is not ...})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("nonsense", "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "JSON object"), (broken(version=99), "version"),
+    (broken(prompt=...), "lacks 'prompt'"), (broken(seed="7"), "'seed'"), (broken(seed=-1), "out of range"),
+    (broken(seed=2**70), "out of range"), (broken(width=True), "'width'"), (broken(steps=None), "'steps'"),
+    (broken(versions=[1]), "'versions'"), (broken(tile="x"), "'tile'"),
+])
+def test_broken_recipes_are_refused(tmp_path: Path, image: Image.Image, text: str, message: str) -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("linocut", text)
+    image.save(tmp_path / "a.png", pnginfo=texts)
+    with pytest.raises(FormatError, match=message):
+        read_recipe(tmp_path / "a.png")
+
+
+def test_unknown_fields_of_a_recipe_are_passed_over() -> None:
+    assert Recipe.from_json(broken(invented_later=1)) == RECIPE
+
+
+def test_files_without_a_recipe(tmp_path: Path, image: Image.Image) -> None:
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "photo.jpg")
+    (tmp_path / "cut.png").write_bytes(encode_png(image, RECIPE)[:60])
+    (tmp_path / "empty.png").touch()
+    for name, message in (("plain.png", "no linocut recipe"), ("photo.jpg", "not a PNG"), ("none.png", "not exist"),
+                          ("empty.png", "not a PNG"), ("cut.png", "cut.png")):
+        with pytest.raises(UsageError, match=message):
+            read_recipe(tmp_path / name)
