@@ -25,11 +25,16 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     settings, device = recipe.vae, ranks.device
     torch.manual_seed(recipe.data.seed)
     vae = Autoencoder(recipe.autoencoder).to(device, memory_format=torch.channels_last)
+    if (run / "vae" / "model.safetensors").is_file():  # go on from what is there
+        vae.preview = PreviewMap(recipe.autoencoder.latent_channels).to(device)
+        load_weights(vae, run / "vae")
     ranks.share(vae)
     torch.manual_seed(recipe.data.seed + 1 + ranks.rank)
     renderer = SceneRenderer(sprites, recipe.data.size, device)
+    if ranks.first:
+        print(f"  {sum(p.numel() for p in vae.parameters()):,} parameters, {len(renderer.texture):,} texels", flush=True)
     optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    forward = torch.compile(_losses, dynamic=False) if device.type == "cuda" else _losses
+    forward = torch.compile(_losses, dynamic=False) if settings.compile else _losses
     schedule = Schedule(settings, ranks)
     pool, pools = _pool(recipe, renderer, ranks, 0), 0
     for step in schedule:
@@ -39,10 +44,9 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
         whole = schedule.progress >= settings.whole_from
         batch = settings.batch if not whole else max(1, settings.batch * settings.crop**2 // recipe.data.size**2)
         index = torch.randint(len(pool[0]), (batch,), device=device)
-        image = renderer.draw(pool[0][index], pool[1][index])
-        if not whole and settings.crop < recipe.data.size:
-            top, left = (random.randrange(0, recipe.data.size - settings.crop + 1) for _ in range(2))
-            image = image[..., top:top + settings.crop, left:left + settings.crop]
+        side = recipe.data.size if whole else min(settings.crop, recipe.data.size)
+        top, left = (random.randrange(0, recipe.data.size - side + 1) for _ in range(2))
+        image = renderer.draw(pool[0][index], pool[1][index], (top, left, side))
         set_rate([optimizer], schedule.rate)
         with autocast(device):
             loss, fidelity = forward(vae, image.contiguous(memory_format=torch.channels_last), settings.kl)

@@ -48,24 +48,6 @@ def export(recipe: Recipe, run: Path, target: Path) -> None:
     print(f"  wrote {target} ({', '.join(found)}): {folder_bytes(target) / 1e6:.2f} MB", flush=True)
 
 
-def export_dense(recipe: Recipe, stage: str, run: Path, target: Path) -> None:
-    """Write an unquantized stage (`teacher` or `fewstep`) as a model folder in bfloat16, for comparing pictures."""
-    painter = Painter(recipe)
-    load_weights(painter, run / stage)
-    index = model_index(recipe)
-    write_json(target / "model_index.json", index)
-    write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
-    shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
-    vae = load_vae(recipe, run, torch.device("cpu"))
-    write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
-    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))  # type: ignore[arg-type]
-    for folder, file, module, config in (
-            ("transformer", "diffusion_pytorch_model.safetensors", painter.transformer, recipe.transformer.to_dict()),
-            ("text_encoder", "model.safetensors", painter.text_encoder, recipe.text_encoder.to_dict())):
-        write_json(target / folder / "config.json", config)
-        write_checkpoint(target / folder / file, to_arrays(module.state_dict(), "BF16"))  # type: ignore[arg-type]
-
-
 def quantized(recipe: Recipe, encoding: str) -> Painter:
     """A painter with fake-quantized layers, ready for the latent weights of a student."""
     painter = Painter(recipe)
@@ -81,7 +63,7 @@ def model_index(recipe: Recipe) -> dict[str, object]:
             "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2TokenizerFast"],
             "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
             "linocut": {"name": recipe.name, "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
-                        "default_size": [recipe.data.size, recipe.data.size], "default_steps": recipe.distill.grid}}
+                        "default_size": [recipe.data.size, recipe.data.size], "default_steps": recipe.path.grid}}
 
 
 def write_json(path: Path, value: object) -> None:

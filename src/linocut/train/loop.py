@@ -35,6 +35,7 @@ class Ranks:
         chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+            torch.backends.cudnn.benchmark = True  # shapes are few and fixed
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         return cls(int(os.environ.get("RANK", "0")), world, chosen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,23 +51,18 @@ class Painter(nn.Module):
         return self.transformer(latents, text, sigma, self.image_ids, self.text_ids).float()
 
     @torch.no_grad()
-    def draw(self, text: Tensor, noise: Tensor, levels: Tensor, empty: Tensor | None = None, guidance: float = 1.0,
-             guidance_until: float = 0.0) -> list[Tensor]:
-        """Euler's states at every level (the first is the noise), with guidance while sigma > guidance_until."""
-        states, x, batch = [noise], noise, len(noise)
-        for here, there in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
-            sigma = torch.full((batch,), here, device=noise.device)
-            guided = empty is not None and guidance != 1.0 and here > guidance_until
-            with autocast(noise.device):
-                if guided:
-                    both = self.velocity(torch.cat([x, x]), torch.cat([text, empty]), torch.cat([sigma, sigma]))
-                    wanted, plain = both.chunk(2)
-                    v = plain + guidance * (wanted - plain)
-                else:
-                    v = self.velocity(x, text, sigma)
+    def walk(self, x: Tensor, text: Tensor, levels: Sequence[float], empty: Tensor | None = None, guidance: float = 1.0,
+             guidance_until: float = 0.0) -> Tensor:
+        """Euler's steps from x at levels[0] to levels[-1], with guidance while sigma > guidance_until."""
+        for here, there in pairwise(levels):
+            sigma = torch.full((len(x),), here, device=x.device)
+            with autocast(x.device):
+                v = self.velocity(x, text, sigma)
+                if empty is not None and guidance != 1.0 and here > guidance_until:
+                    plain = self.velocity(x, empty, sigma)
+                    v = plain + guidance * (v - plain)
             x = x + (there - here) * v
-            states.append(x)
-        return states
+        return x
 
     def save(self, folder: Path, part_bytes: int | None = None) -> None:
         save_weights(folder, self.state_dict(), "BF16" if part_bytes else "F32", part_bytes)
@@ -78,25 +75,18 @@ class Painter(nn.Module):
         return painter.to(device).eval().requires_grad_(False)
 
 
-def student_levels(recipe: Recipe) -> Tensor:
-    """The sampler's own noise levels for the grid that the student learns: float32 [grid + 1], last 0."""
+def step_levels(recipe: Recipe) -> list[list[float]]:
+    """For each step of the sampler's grid the noise levels of the teacher's substeps, both ends included."""
     rows, columns = recipe.tokens
-    return sigmas(rows * columns, recipe.distill.grid)
-
-
-def teacher_levels(recipe: Recipe) -> tuple[Tensor, list[int]]:
-    """Fine levels that contain the student's, and the index of each of the student's among them."""
-    coarse, fine, marks = student_levels(recipe), [], [0]
-    for high, low, count in zip(coarse[:-1].tolist(), coarse[1:].tolist(), recipe.distill.substeps, strict=True):
-        fine += [high + (low - high) * i / count for i in range(count)]
-        marks.append(len(fine))
-    return torch.tensor([*fine, 0.0]), marks
+    coarse = sigmas(rows * columns, recipe.path.grid).tolist()
+    return [[high + (low - high) * i / count for i in range(count + 1)]
+            for (high, low), count in zip(pairwise(coarse), recipe.path.substeps, strict=True)]
 
 
 def training_sigmas(recipe: Recipe, batch: int, device: torch.device) -> Tensor:
     """Noise levels for flow matching: 70 % spread as the sampler visits them, the rest flatter. float32 [B]."""
     rows, columns = recipe.tokens
-    steep = torch.tensor(empirical_mu(rows * columns, recipe.distill.grid)).exp()
+    steep = torch.tensor(empirical_mu(rows * columns, recipe.path.grid)).exp()
     shift = torch.where(torch.rand(batch, device=device) < 0.7, steep.to(device), 1.5)
     u = torch.rand(batch, device=device)
     return shift * u / (1 + (shift - 1) * u)

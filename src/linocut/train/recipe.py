@@ -1,7 +1,7 @@
 """A training recipe: one TOML file that fixes the networks, the data, and the length and settings of each stage.
 
-Stages, in order: `vae` (autoencoder), `teacher` (text encoder and transformer, flow matching), `distill` (the teacher in
-few steps at guidance 1, like klein), `ternary` and `binary` (quantization-aware distillation), `export`.
+Stages, in order: `vae` (autoencoder), `teacher` (text encoder and transformer, flow matching), `ternary` and `binary`
+(quantization-aware distillation, to few steps and guidance 1 like klein), `export`.
 Every stage leaves its result in the run folder and can be run again from there.
 """
 
@@ -48,8 +48,12 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class VaeSettings(StageSettings):
-    """`crop` pixels a side until `whole_from` of the schedule, whole pictures after; `kl` weighs the prior."""
+    """`crop` pixels a side until `whole_from` of the schedule, whole pictures after; `kl` weighs the prior.
 
+    `compile` fuses the network on a GPU; it pays only when the stage runs for many minutes.
+    """
+
+    compile: bool = False
     crop: int = 128
     whole_from: float = 0.75
     kl: float = 2e-4
@@ -65,19 +69,22 @@ class TeacherSettings(StageSettings):
 
 
 @dataclass(frozen=True)
-class DistillSettings(StageSettings):
-    """Student steps `steps_grid`, teacher substeps per student step, and guidance down to `guidance_until` noise."""
+class PathSettings:
+    """How the teacher draws for its students: `grid` steps of the sampler, each in `substeps`, guided while
+    sigma > `guidance_until`. The students learn each step of the grid in one, at guidance 1."""
 
     grid: int = 4
-    substeps: tuple[int, ...] = (2, 3, 4, 8)
+    substeps: tuple[int, ...] = (1, 2, 2, 5)
     guidance: float = 2.5
-    guidance_until: float = 0.4
+    guidance_until: float = 0.6
 
 
 @dataclass(frozen=True)
 class QatSettings(StageSettings):
-    """`residual` of the float weights annealed to 0 over `anneal`; `on_policy` share of student states by mid-run."""
+    """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
+    `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own."""
 
+    scenes: int = 100_000
     residual: float = 0.5
     anneal: float = 0.25
     on_policy: float = 0.5
@@ -95,7 +102,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     vae: VaeSettings = field(default_factory=VaeSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
-    distill: DistillSettings = field(default_factory=DistillSettings)
+    path: PathSettings = field(default_factory=PathSettings)
     ternary: QatSettings = field(default_factory=QatSettings)
     binary: QatSettings = field(default_factory=QatSettings)
     held_out: tuple[str, ...] = ()
@@ -120,7 +127,7 @@ class Recipe:
             autoencoder=AutoencoderConfig.from_dict(table["autoencoder"]),
             data=_section(DataSettings, table, "data", path), vae=_section(VaeSettings, table, "vae", path),
             teacher=_section(TeacherSettings, table, "teacher", path),
-            distill=_section(DistillSettings, table, "distill", path),
+            path=_section(PathSettings, table, "path", path),
             ternary=_section(QatSettings, table, "ternary", path), binary=_section(QatSettings, table, "binary", path))
         recipe._check(path)
         return recipe
@@ -133,8 +140,8 @@ class Recipe:
         if self.transformer.in_channels != 4 * self.autoencoder.latent_channels:
             raise UsageError(f"{path}: in_channels must be 4 x latent_channels = {4 * self.autoencoder.latent_channels}, "
                              f"found {self.transformer.in_channels}")
-        if len(self.distill.substeps) != self.distill.grid:
-            raise UsageError(f"{path}: distill.substeps needs one number per step of the grid ({self.distill.grid})")
+        if len(self.path.substeps) != self.path.grid:
+            raise UsageError(f"{path}: path.substeps needs one number per step of the grid ({self.path.grid})")
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -101,14 +101,19 @@ class SceneRenderer:
                 rows[b, k] = colour, p.thing, level, round(p.x * self.size - half), round(p.y * self.size - half)
         return torch.from_numpy(rows).to(self.device)
 
-    def draw(self, table: Tensor, backgrounds: Tensor) -> Tensor:
-        """Images [B, 3, size, size] in [-1, 1] from `table` and background colours [B, 3]."""
-        grid = torch.arange(self.size, device=self.device, dtype=torch.int32)
-        shade = 1.03 - 0.09 * grid[:, None].float() / self.size  # lighter above, as lit from the top
-        canvas = (backgrounds[:, :, None, None] * shade).clamp(0, 1).expand(-1, -1, -1, self.size).clone()
+    def draw(self, table: Tensor, backgrounds: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
+        """Images [B, 3, size, size] in [-1, 1] from `table` and background colours [B, 3].
+
+        `window` (top, left, side) draws only that square of each scene.
+        """
+        top, left, side = window or (0, 0, self.size)
+        rows = torch.arange(top, top + side, device=self.device, dtype=torch.int32)
+        columns = torch.arange(left, left + side, device=self.device, dtype=torch.int32)
+        shade = 1.03 - 0.09 * rows[:, None].float() / self.size  # lighter above, as lit from the top
+        canvas = (backgrounds[:, :, None, None] * shade).clamp(0, 1).expand(-1, -1, -1, side).clone()
         for k in range(MAX_OBJECTS):
             colour, thing, level, left, top = (column[:, None, None] for column in table[:, k].unbind(-1))
-            x, y = grid[None, None, :] - left, grid[None, :, None] - top
+            x, y = columns[None, None, :] - left, rows[None, :, None] - top
             pixels = self.smallest + level * self.step
             inside = (level >= 0) & (x >= 0) & (y >= 0) & (x < pixels) & (y < pixels)
             tile = (colour * self.things + thing) * self.levels + level

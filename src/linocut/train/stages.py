@@ -1,4 +1,4 @@
-"""The stages of a recipe by name, in order. Runs alone, or once per GPU under `torchrun -m linocut.train.stages`."""
+"""The stages of a recipe by name, in order. Runs alone, or once per GPU under torchrun."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from linocut.errors import UsageError
 from linocut.train.recipe import Recipe
 
-STAGES = ("vae", "teacher", "distill", "ternary", "binary", "export")
+STAGES = ("vae", "teacher", "ternary", "binary", "export")
 
 
 def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str | None = None) -> None:
@@ -27,9 +27,6 @@ def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str 
     elif stage == "teacher":
         from linocut.train.teacher import train_teacher
         train_teacher(recipe, run, sprites, ranks)
-    elif stage == "distill":
-        from linocut.train.distill import train_few_steps
-        train_few_steps(recipe, run, ranks)
     elif stage == "export":
         from linocut.train.export import export
         if ranks.first:

@@ -11,7 +11,7 @@ from linocut.models.autoencoder import Autoencoder
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer
 from linocut.train.loop import Average, Ranks, Schedule, autocast, set_rate
-from linocut.train.painter import Painter, student_levels, teacher_levels, training_sigmas
+from linocut.train.painter import Painter, step_levels, training_sigmas
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 
@@ -57,7 +57,8 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     average.install()
     if ranks.first:
         painter.save(run / "teacher")
-        show(recipe, painter, vae, tokenizer_captions(recipe, run, device), run / "teacher.png", guided=True)
+        save_grid(draw_held_out(recipe, painter, vae, held_out_captions(recipe, run, device), teacher=True), 8,
+                  run / "teacher.png")
     ranks.same(0.0)
 
 
@@ -74,7 +75,7 @@ def make_optimizers(painter: nn.Module, lr: float, weight_decay: float, muon: bo
     return optimizers
 
 
-def tokenizer_captions(recipe: Recipe, run: Path, device: torch.device) -> Captions:
+def held_out_captions(recipe: Recipe, run: Path, device: torch.device) -> Captions:
     """The held-out prompts as tokens."""
     return Captions.build(make_tokenizer(recipe, run / "tokenizer"), list(recipe.held_out), device)
 
@@ -89,21 +90,20 @@ def held_out_noise(recipe: Recipe, count: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def show(recipe: Recipe, painter: Painter, vae: Autoencoder, captions: Captions, path: Path, guided: bool) -> Tensor:
-    """Draw the held-out prompts (seed i for prompt i), write a grid, return the latents [M, I, 4C].
+@torch.compiler.set_stance("force_eager")
+def draw_held_out(recipe: Recipe, painter: Painter, vae: Autoencoder, captions: Captions, teacher: bool) -> Tensor:
+    """Pictures [M, 3, H, W] of the held-out prompts, seed i for prompt i.
 
-    `guided` draws as the teacher of the distillation does, in fine steps; otherwise on the student's grid.
+    A teacher takes its guided substeps, a student the steps of the grid.
     """
-    device, count = captions.ids.device, len(captions.ids)
+    device, count, settings = captions.ids.device, len(captions.ids), recipe.path
     with autocast(device):
         text = painter.read(*captions.pick(torch.arange(count, device=device)))
         empty = painter.read(*captions.empty(count))
-    noise, settings = held_out_noise(recipe, count, device), recipe.distill
-    if guided:
-        states = painter.draw(text, noise, teacher_levels(recipe)[0], empty, settings.guidance, settings.guidance_until)
-    else:
-        states = painter.draw(text, noise, student_levels(recipe))
-    rows, columns = recipe.tokens
-    pictures = vae.image_from_latents(states[-1].transpose(1, 2).unflatten(2, (rows, columns)))
-    save_grid(pictures, 8, path)
-    return states[-1]
+    x = held_out_noise(recipe, count, device)
+    for levels in step_levels(recipe):
+        if teacher:
+            x = painter.walk(x, text, levels, empty, settings.guidance, settings.guidance_until)
+        else:
+            x = painter.walk(x, text, [levels[0], levels[-1]])
+    return vae.image_from_latents(x.transpose(1, 2).unflatten(2, recipe.tokens))
