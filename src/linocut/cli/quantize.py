@@ -38,7 +38,7 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     """
     from rich.console import Console
 
-    from linocut.errors import UsageError
+    from linocut.errors import Cancelled, UsageError
     from linocut.quantize.policy import Policy
     from linocut.quantize.stream import quantize_folder
 
@@ -52,9 +52,8 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
                                      on_progress)
     except KeyboardInterrupt:
-        click.echo(f"stopped; nothing was written at {destination}. The same command goes on where it stopped.",
-                   err=True)
-        raise
+        raise Cancelled(f"stopped; nothing was written at {destination}, the same command goes on where it "
+                        "stopped") from None
     finally:
         signal.signal(signal.SIGTERM, previous)
     if as_json:
@@ -89,26 +88,20 @@ class _progress:
 
 
 def _print_report(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("transformer layer", no_wrap=True)
-    for title in ("shape", "encoding", "MB", "bits/weight", "relative error"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for tensor in report.of("transformer"):
-        if tensor.encoding != "dense":
-            table.add_row(tensor.name, "x".join(map(str, tensor.shape)), tensor.encoding, f"{tensor.nbytes / 1e6:.2f}",
-                          f"{tensor.bits_per_weight:.3f}", f"{tensor.relative_error:.4f}")
-    console.print(table)
-    console.print()
+    packed = [tensor for tensor in report.of("transformer") if tensor.encoding != "dense"]
+    wide = max([len(tensor.name) for tensor in packed], default=0)
+    click.echo(f"{'transformer layer':<{wide}}  {'shape':>12}  {'encoding':<8}  {'MB':>7}  bits/weight  relative error")
+    for tensor in packed:
+        shape = "x".join(map(str, tensor.shape))
+        click.echo(f"{tensor.name:<{wide}}  {shape:>12}  {tensor.encoding:<8}  {tensor.nbytes / 1e6:>7.2f}"
+                   f"  {tensor.bits_per_weight:>11.3f}  {tensor.relative_error:>14.4f}")
+    click.echo()
     for component in dict.fromkeys(tensor.component for tensor in report.tensors):
         totals = report.totals(component)
-        console.print(
+        click.echo(
             f"{component}: {totals['packed_layers']} packed and {totals['dense_tensors']} dense tensors, "
             f"{totals['tensor_bytes']:,} bytes ({totals['source_bytes'] / max(1, totals['tensor_bytes']):.2f} times "
             f"smaller), {totals['bits_per_weight']:.3f} bits per weight, relative error of the packed weights "
-            f"{totals['relative_error']:.4f}", highlight=False, soft_wrap=True)
+            f"{totals['relative_error']:.4f}")
     again = f", {report.resumed} tensors taken over from an earlier run" if report.resumed else ""
-    console.print(f"wrote {report.destination} in {report.seconds:.1f} s{again}", highlight=False, soft_wrap=True)
+    click.echo(f"wrote {report.destination} in {report.seconds:.1f} s{again}")
