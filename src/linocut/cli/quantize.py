@@ -38,7 +38,7 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     """
     from rich.console import Console
 
-    from linocut.errors import Cancelled, UsageError
+    from linocut.errors import UsageError
     from linocut.quantize.policy import Policy
     from linocut.quantize.stream import quantize_folder
 
@@ -52,8 +52,9 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
                                      on_progress)
     except KeyboardInterrupt:
-        raise Cancelled(f"stopped; nothing was written at {destination}, the same command goes on where it "
-                        "stopped") from None
+        click.echo(f"stopped; nothing was written at {destination}, the same command goes on where it stopped",
+                   err=True)
+        click.get_current_context().exit(130)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if as_json:
