@@ -182,3 +182,24 @@ def test_ctrl_c_prints_one_line_and_leaves_nothing(tiny_model: Path, tmp_path: P
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["steps"]
     assert not list(tmp_path.glob("steps/.*"))
+
+
+def test_documentation_names_every_option() -> None:
+    from linocut.cli.generate import command as generate
+    from linocut.cli.plan import command as plan
+
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for command in (generate, plan):
+        for parameter in command.params:
+            for name in parameter.opts:
+                assert name in text or not name.startswith("-"), name
+
+
+def test_examples_run(tiny_model: Path, tmp_path: Path) -> None:
+    folder, model = Path(__file__).parents[2] / "examples", str(tiny_model)
+    for script, arguments, product in (("draw.py", ["a red apple", model], "picture.png"),
+                                       ("watch_and_stop.py", ["60", model], "fox.png"),
+                                       ("compare_models.py", [model, model], "comparison.png")):
+        subprocess.run([sys.executable, str(folder / script), *arguments], cwd=tmp_path, check=True,
+                       capture_output=True)
+        assert (tmp_path / product).exists()
