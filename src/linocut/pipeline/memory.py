@@ -25,8 +25,8 @@ from linocut.formats.folder import ModelFolder
 MB = 10**6
 BASE_BYTES = 330 * MB
 """Resident memory of a process that has imported torch and drawn a picture of next to no size."""
-SCRATCH_BYTES = 32 * MB
-"""Decoded rows of a packed layer, at most (`linocut.kernels.blocked`), with what the matrix product itself takes."""
+SCRATCH_BYTES = 64 * MB
+"""Decoded rows of a packed layer (`linocut.kernels.blocked`), with what the matrix product and the allocator take."""
 CONVOLUTION_BYTES = 64 * MB
 """What the convolution library and the allocator hold back while a picture is decoded."""
 KEEP_BELOW_BYTES = 256 * MB
@@ -38,7 +38,6 @@ TILE_ROWS = 64
 SIZE_MULTIPLE = 32
 LARGEST_SIDE = 16384
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PAGE_CLUSTER = 64 * 1024  # a page fault in a mapped file brings in its neighbours
 
 
@@ -126,14 +125,14 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
     features, encode_work = _encode_bytes(folder.config("text_encoder"), text_length,
                                           len(settings["text_taps"]), size)
     denoise_work, latents = _denoise_bytes(folder.config("transformer"), text_length, image_tokens, size)
-    tile = tile_for(folder.config("vae"), width, height, size)
-    decode_work = _decode_bytes(folder.config("vae"), width, height, tile, size)
+    tile = tile_for(folder.config("vae"), width, height)
+    decode_work = _decode_bytes(folder.config("vae"), width, height, tile, 4)  # the decoder runs in float32
 
     weights = {}
     for name in ("text_encoder", "transformer", "vae"):
         with folder.checkpoint(name) as checkpoint:
             layers = max(settings["text_taps"]) if name == "text_encoder" else None
-            weights[name] = _touched_bytes(checkpoint, dtype, layers, text_length, only_decoder=name == "vae")
+            weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder=name == "vae")
     held = weights if keep else dict.fromkeys(weights, 0)
     waiting = pictures * latents
     phases = (
@@ -157,12 +156,12 @@ def component_bytes(folder: ModelFolder, name: str) -> int:
         return checkpoint.file_nbytes
 
 
-def tile_for(vae: dict[str, Any], width: int, height: int, size: int = 4) -> int | None:
+def tile_for(vae: dict[str, Any], width: int, height: int) -> int | None:
     """Return the height in pixels of the strips that the decoder works in, or None to decode in one piece.
 
     Depends on the model and the size alone, not on the machine: the same recipe gives the same pixels.
     """
-    return TILE_ROWS if _decode_bytes(vae, width, height, None, size) > TILE_ABOVE_BYTES else None
+    return TILE_ROWS if _decode_bytes(vae, width, height, None, 4) > TILE_ABOVE_BYTES else None
 
 
 def available_bytes() -> int | None:
@@ -232,7 +231,7 @@ def _denoise_bytes(config: dict[str, Any], text: int, image: int, size: int) -> 
     tokens = text + image
     # A single-stream block holds the residual, its modulated copy, the fused projection (3D + 2M), attention's
     # output (D), the gated MLP (2M) and their concatenation; rotated float32 copies of q and k live before that.
-    block = tokens * max((7 * width + 4 * mlp) * size, (6 * width + 2 * mlp) * size + 5 * width * 4)
+    block = tokens * max((8 * width + 4 * mlp) * size, (7 * width + 2 * mlp) * size + 5 * width * 4)
     latents = image * _number(config, "in_channels") * 4
     return block + 6 * latents, latents
 
@@ -260,22 +259,25 @@ def _decode_bytes(config: dict[str, Any], width: int, height: int, tile: int | N
     return max(work, attention) * size + 2 * area * 3 * 4
 
 
-def _touched_bytes(checkpoint: Checkpoint, dtype: str, layers: int | None, tokens: int,
-                   only_decoder: bool = False) -> int:
-    """Bytes of a checkpoint that become resident: mapped pages that are read, and copies cast to `dtype`."""
+def _touched_bytes(checkpoint: Checkpoint, layers: int | None, tokens: int, decoder: bool) -> int:
+    """Bytes of a checkpoint that become resident: mapped pages that are read, and the decoder's copies in float32.
+
+    `layers` is how many layers of the text encoder are used, None for other networks.
+    """
     total = 0
     for name in checkpoint.names:
         info = checkpoint.info(name)
-        if layers is not None and _layer_index(name) >= layers:
+        if (layers is not None and _layer_index(name) >= layers) or name.startswith("lm_head."):
             continue
-        if only_decoder and name.startswith(("encoder.", "quant_conv.")):
+        if decoder and name.startswith(("encoder.", "quant_conv.")):
             continue
-        if ("embed_tokens." in name or name.startswith("lm_head")) and info.shape:
-            total += 0 if name.startswith("lm_head") else min(info.nbytes, tokens * _PAGE_CLUSTER)
+        if "embed_tokens." in name:  # only the rows that are looked up
+            total += min(info.nbytes, tokens * _PAGE_CLUSTER)
             continue
         total += info.nbytes
-        if info.dtype in _STORED.values() and info.dtype != _STORED[dtype] and not name.endswith(".scales"):
-            total += info.count * DTYPE_BYTES[dtype]
+        # The transformer and the text encoder read dense weights as they are stored; the decoder's are cast.
+        if decoder and info.dtype in ("F16", "BF16"):
+            total += info.count * 4
     return total
 
 
