@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     Set `LINOCUT_DEBUG=1` to see the traceback of such an error instead.
     """
+    # Threads that spin at every barrier halve the speed as soon as another program runs, and gain nothing otherwise.
+    # The OpenMP runtime reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         result: object = cli.main(list(arguments) if arguments is not None else None, prog_name="linocut",
                           standalone_mode=False)
