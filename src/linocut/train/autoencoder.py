@@ -24,7 +24,8 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     """Reconstruction (absolute and squared error, and both of the differences between neighbours) plus a weak prior."""
     settings, device = recipe.vae, ranks.device
     torch.manual_seed(recipe.data.seed)
-    vae = Autoencoder(recipe.autoencoder).to(device, memory_format=torch.channels_last)
+    vae = Autoencoder(recipe.autoencoder).to(device)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     if (run / "vae" / "model.safetensors").is_file():  # go on from what is there
         vae.preview = PreviewMap(recipe.autoencoder.latent_channels).to(device)
         load_weights(vae, run / "vae")
@@ -32,7 +33,8 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     torch.manual_seed(recipe.data.seed + 1 + ranks.rank)
     renderer = SceneRenderer(sprites, recipe.data.size, device)
     if ranks.first:
-        print(f"  {sum(p.numel() for p in vae.parameters()):,} parameters, {len(renderer.texture):,} texels", flush=True)
+        size = sum(p.numel() for p in vae.parameters())
+        print(f"  {size:,} parameters, {len(renderer.texture):,} texels", flush=True)
     optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     forward = torch.compile(_losses, dynamic=False) if settings.compile else _losses
     schedule = Schedule(settings, ranks)
@@ -99,7 +101,8 @@ def load_vae(recipe: Recipe, run: Path, device: torch.device) -> Autoencoder:
     """The trained autoencoder, frozen."""
     vae = Autoencoder(recipe.autoencoder)
     load_weights(vae, run / "vae")
-    return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:

@@ -49,7 +49,8 @@ def make_scenes(recipe: Recipe, seed: int, count: int) -> Scenes:
 def make_tokenizer(recipe: Recipe, folder: Path) -> PromptTokenizer:
     """The tokenizer of the recipe: learned from captions once, then read from `folder`."""
     if not (folder / "tokenizer.json").is_file():
-        captions = [text for group in make_scenes(recipe, -1, 40_000).captions for text in group]
+        count = min(40_000, 8 * recipe.data.scenes)  # enough to meet every word many times; less in a small trial
+        captions = [text for group in make_scenes(recipe, -1, count).captions for text in group]
         save_tokenizer(train_tokenizer(captions, recipe.data.vocab_size), folder)
     return PromptTokenizer.from_folder(folder, recipe.data.text_length)
 
@@ -109,7 +110,8 @@ class LatentBank:
               device: torch.device) -> LatentBank:
         """Make `recipe.data.scenes` scenes of this process: draw, encode, keep."""
         count, (rows, columns) = recipe.data.scenes, recipe.tokens
-        latents = torch.empty(count, rows * columns, recipe.transformer.in_channels, dtype=torch.bfloat16, device=device)
+        shape = count, rows * columns, recipe.transformer.in_channels
+        latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
         texts: list[str] = []
         done = 0
         for part in _chunks(recipe, rank, count):
@@ -134,15 +136,17 @@ class LatentBank:
 @torch.no_grad()
 def measure_latents(vae: Autoencoder, images: Iterator[Tensor]) -> None:
     """Set the VAE's latent statistics (per patchified channel) from pictures."""
-    sums = squares = 0.0
-    count = 0
+    mean, variance = vae.bn.running_mean, vae.bn.running_var
+    assert mean is not None
+    assert variance is not None
+    sums, squares, count = torch.zeros_like(mean).double(), torch.zeros_like(mean).double(), 0
     for image in images:
         z = patchify(vae.encode(image)[0].float()).double()
-        sums, squares = sums + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
+        sums += z.sum((0, 2, 3))
+        squares += z.square().sum((0, 2, 3))
         count += z.shape[0] * z.shape[2] * z.shape[3]
-    mean = sums / count
-    vae.bn.running_mean.copy_(mean)
-    vae.bn.running_var.copy_(squares / count - mean.square() - vae.config.batch_norm_eps)
+    mean.copy_(sums / count)
+    variance.copy_(squares / count - (sums / count).square() - vae.config.batch_norm_eps)
 
 
 def _chunks(recipe: Recipe, rank: int, count: int) -> Iterator[Scenes]:

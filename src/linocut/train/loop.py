@@ -7,13 +7,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from linocut.errors import UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.writer import atomic_write_bytes, write_checkpoint
 from linocut.models.convert import tensor_from
@@ -30,9 +33,19 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str | None = None) -> Ranks:
-        """Join torchrun's group if there is one. The device is this process's GPU, or the CPU where there is none."""
+        """Join torchrun's group if there is one. The device is this process's GPU, or the CPU where there is none.
+
+        Raises UsageError for a device that does not exist.
+        """
         world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-        chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        try:
+            chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise UsageError(f"unknown device {device!r}; choose cpu, cuda or cuda:N") from None
+        if chosen == torch.device("cuda"):
+            chosen = torch.device("cuda", local)
+        if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+            raise UsageError(f"no device {chosen}: torch sees {torch.cuda.device_count()} CUDA GPUs here")
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
             torch.backends.cudnn.benchmark = True  # shapes are few and fixed
@@ -109,8 +122,8 @@ class Schedule:
         warm = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
         return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress)))
 
-    def log(self, make: Callable[[], str], force: bool = False) -> None:
-        """Print a line of the first process at every `log_every`-th step."""
+    def log(self, make: Callable[..., str], force: bool = False) -> None:
+        """Print the line that `make()` gives, in the first process, at every `log_every`-th step and the last."""
         due = self.step % self.settings.log_every == 0 or self.step == self.steps - 1
         if self.ranks.first and (due or force):
             seconds = time.monotonic() - self._begin
@@ -136,6 +149,16 @@ class Average:
         for parameter, value in zip(self.module.parameters(), self.shadow, strict=True):
             parameter.copy_(value)
 
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The module holds the average inside the block and its own weights again after it."""
+        own = [parameter.detach().clone() for parameter in self.module.parameters()]
+        self.install()
+        yield
+        with torch.no_grad():
+            for parameter, value in zip(self.module.parameters(), own, strict=True):
+                parameter.copy_(value)
+
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
     """Scale each group's own `base_lr`, which is its learning rate when it was made."""
@@ -146,8 +169,9 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 arithmetic on a GPU; the CPU stays in float32, where bfloat16 is slow or emulated."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 arithmetic where the device has it; a CPU without such instructions stays in float32."""
+    quick = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=quick)
 
 
 def compile_blocks(module: nn.Module, device: torch.device, kinds: tuple[type[nn.Module], ...]) -> None:
@@ -158,14 +182,14 @@ def compile_blocks(module: nn.Module, device: torch.device, kinds: tuple[type[nn
                 block.compile(dynamic=False)
 
 
-# Weights ---------------------------------------------------------------------------------------------------------------
+# Weights --------------------------------------------------------------------------------------------------------------
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def to_arrays(state: Mapping[str, Tensor], dtype: str) -> dict[str, object]:
+def to_arrays(state: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray | tuple[np.ndarray, str]]:
     """Tensors as the checkpoint writer takes them; floating ones in `dtype` (F32, F16 or BF16)."""
-    arrays: dict[str, object] = {}
+    arrays: dict[str, np.ndarray | tuple[np.ndarray, str]] = {}
     for name, tensor in state.items():
         value = tensor.detach().cpu().contiguous()
         if value.is_floating_point():
@@ -179,12 +203,12 @@ def save_weights(folder: Path, state: Mapping[str, Tensor], dtype: str = "BF16",
     folder.mkdir(parents=True, exist_ok=True)
     arrays = to_arrays(state, dtype)
     if part_bytes is None:
-        write_checkpoint(folder / "model.safetensors", arrays)  # type: ignore[arg-type]
+        write_checkpoint(folder / "model.safetensors", arrays)
         return
     parts: list[list[str]] = [[]]
     filled = 0
     for name, value in arrays.items():
-        size = (value[0] if isinstance(value, tuple) else value).nbytes  # type: ignore[attr-defined]
+        size = (value[0] if isinstance(value, tuple) else value).nbytes
         if filled + size > part_bytes and parts[-1]:
             parts.append([])
             filled = 0
@@ -192,7 +216,7 @@ def save_weights(folder: Path, state: Mapping[str, Tensor], dtype: str = "BF16",
         filled += size
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
     for file, part in zip(names, parts, strict=True):
-        write_checkpoint(folder / file, {name: arrays[name] for name in part})  # type: ignore[misc]
+        write_checkpoint(folder / file, {name: arrays[name] for name in part})
     where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
     index = {"metadata": {}, "weight_map": where}
     atomic_write_bytes(folder / "model.safetensors.index.json", json.dumps(index).encode())

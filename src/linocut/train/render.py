@@ -9,7 +9,7 @@ Sprites: Microsoft Fluent Emoji 3D (MIT), fetched by `recipes/embedded/fetch_spr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,8 @@ _RAMPS = {
 }
 _BACKGROUND_RGB = {
     "white": (0.98, 0.98, 0.98), "gray": (0.62, 0.63, 0.65), "pink": (0.98, 0.76, 0.84), "blue": (0.62, 0.78, 0.97),
-    "green": (0.66, 0.88, 0.68), "yellow": (0.98, 0.91, 0.60), "purple": (0.80, 0.70, 0.94), "orange": (0.99, 0.76, 0.52),
-    "black": (0.13, 0.13, 0.15),
+    "green": (0.66, 0.88, 0.68), "yellow": (0.98, 0.91, 0.60), "purple": (0.80, 0.70, 0.94),
+    "orange": (0.99, 0.76, 0.52), "black": (0.13, 0.13, 0.15),
 }
 # Without a wish the background is one of these quiet tones.
 _QUIET_RGB = ((0.94, 0.94, 0.95), (0.96, 0.94, 0.90), (0.90, 0.94, 0.97), (0.91, 0.96, 0.92), (0.95, 0.92, 0.97))
@@ -45,15 +45,20 @@ _QUIET_RGB = ((0.94, 0.94, 0.95), (0.96, 0.94, 0.90), (0.90, 0.94, 0.97), (0.91,
 class SceneRenderer:
     """Renders batches of scenes as images [B, 3, size, size] in [-1, 1].
 
-    `sprites` is the folder with one `<code point>.webp` per object. Raises ModelNotFoundError for a missing sprite.
+    `sprites` is the folder with one `<code point>.webp` per object, `things` the objects to load (all of them if left
+    out; scenes may hold no others). Raises ModelNotFoundError for a missing sprite.
     """
 
-    def __init__(self, sprites: Path, size: int = 256, device: torch.device | str = "cpu", step: int = 8) -> None:
+    def __init__(self, sprites: Path, size: int = 256, device: torch.device | str = "cpu", step: int = 8,
+                 things: Iterable[int] | None = None) -> None:
         self.size, self.device, self.step = size, torch.device(device), step
         self.smallest = max(step, int(size * 0.22) // step * step)
         self.largest = -(-int(size * 0.73) // step) * step
         self.levels = (self.largest - self.smallest) // step + 1
-        natural = torch.stack([self._levels_of(path) for path in _sprite_files(sprites)])  # [objects, levels, L, L, 4]
+        chosen = sorted(set(range(len(objects())) if things is None else things))
+        self._row = {thing: row for row, thing in enumerate(chosen)}
+        files = _sprite_files(sprites, chosen)
+        natural = torch.stack([self._levels_of(path) for path in files])  # [objects, levels, L, L, 4]
         self.texture = torch.stack([self._pack(natural.to(self.device), None)]
                                    + [self._pack(natural.to(self.device), ramp) for ramp in _RAMPS.values()]).flatten()
         self.things = natural.shape[0]
@@ -90,7 +95,10 @@ class SceneRenderer:
         return torch.tensor(rows, device=self.device)
 
     def table(self, placements: Sequence[Sequence[Placement]]) -> Tensor:
-        """Placements as integers [B, MAX_OBJECTS, 5]: colour (0 natural), thing, level (-1 absent), left, top."""
+        """Placements as integers [B, MAX_OBJECTS, 5]: colour (0 natural), thing, level (-1 absent), left, top.
+
+        The thing is its row in this renderer's texture.
+        """
         rows = np.full((len(placements), MAX_OBJECTS, 5), -1, np.int32)
         for b, scene in enumerate(placements):
             for k, p in enumerate(scene):
@@ -98,7 +106,8 @@ class SceneRenderer:
                 level = min(max(level, 0), self.levels - 1)
                 half = (self.smallest + level * self.step) / 2
                 colour = 0 if p.colour is None else p.colour + 1
-                rows[b, k] = colour, p.thing, level, round(p.x * self.size - half), round(p.y * self.size - half)
+                left, top = round(p.x * self.size - half), round(p.y * self.size - half)
+                rows[b, k] = colour, self._row[p.thing], level, left, top
         return torch.from_numpy(rows).to(self.device)
 
     def draw(self, table: Tensor, backgrounds: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
@@ -112,8 +121,8 @@ class SceneRenderer:
         shade = 1.03 - 0.09 * rows[:, None].float() / self.size  # lighter above, as lit from the top
         canvas = (backgrounds[:, :, None, None] * shade).clamp(0, 1).expand(-1, -1, -1, side).clone()
         for k in range(MAX_OBJECTS):
-            colour, thing, level, left, top = (column[:, None, None] for column in table[:, k].unbind(-1))
-            x, y = columns[None, None, :] - left, rows[None, :, None] - top
+            colour, thing, level, x0, y0 = (column[:, None, None] for column in table[:, k].unbind(-1))
+            x, y = columns[None, None, :] - x0, rows[None, :, None] - y0
             pixels = self.smallest + level * self.step
             inside = (level >= 0) & (x >= 0) & (y >= 0) & (x < pixels) & (y < pixels)
             tile = (colour * self.things + thing) * self.levels + level
@@ -125,9 +134,9 @@ class SceneRenderer:
         return canvas * 2 - 1
 
 
-def _sprite_files(folder: Path) -> list[Path]:
+def _sprite_files(folder: Path, things: Iterable[int]) -> list[Path]:
     paths = []
-    for thing in objects():
+    for thing in (objects()[index] for index in things):
         found = [p for p in (folder / f"{thing.code}.webp", folder / f"{thing.code}-fe0f.webp") if p.is_file()]
         if not found:
             raise ModelNotFoundError(f"{folder}: no sprite for {thing.name} (expected {thing.code}.webp); "
@@ -140,8 +149,8 @@ def _tint(rgb: Tensor, opaque: Tensor, ramp: tuple[tuple[float, float, float], .
     """Recolours by brightness: the sprite's 5th..95th percentile spans the ramp, its median sits in the middle."""
     light = rgb @ rgb.new_tensor([0.299, 0.587, 0.114])
     values = light[opaque]
-    low, middle, high = torch.quantile(values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
-                                              [:100_000].to(values.device)], values.new_tensor([0.05, 0.5, 0.95])).tolist()
+    some = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))[:100_000].to(values.device)
+    low, middle, high = torch.quantile(values[some], values.new_tensor([0.05, 0.5, 0.95])).tolist()
     middle = min(max(middle, low + 0.3 * (high - low)), low + 0.7 * (high - low))
     below = ((light - low) / max(middle - low, 1e-3)).clamp(0, 1)[..., None]
     above = ((light - middle) / max(high - middle, 1e-3)).clamp(0, 1)[..., None]

@@ -4,15 +4,15 @@ A scene is a list of groups (object, count, colour), an optional relation betwee
 background. The same description gives the placements (drawn by `render`) and any number of captions, so that a picture
 can be shown to the model under several wordings. Everything is decided by one `random.Random`, hence repeatable.
 
-The tasks are GenEval's six (Ghosh et al. 2023: one object, two objects, counting, colours, position, colour attribution)
-plus mixtures such as "two red apples and a blue cup".
+The tasks are GenEval's six (Ghosh et al. 2023: one object, two objects, counting, colours, position, colour
+attribution) plus mixtures such as "two red apples and a blue cup".
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -98,7 +98,7 @@ def objects() -> tuple[ObjectName, ...]:
 
 def sample_scene(rng: random.Random, task: str | None = None) -> Scene:
     """A random scene of `task`, or of a task drawn by the shares in TASKS."""
-    task = task or rng.choices(list(TASKS), TASKS.values())[0]
+    task = task or rng.choices(list(TASKS), list(TASKS.values()))[0]
     first, second, third = rng.sample(range(len(objects())), 3)
     background = rng.choice(BACKGROUNDS) if rng.random() < 0.12 else None
 
@@ -115,7 +115,8 @@ def sample_scene(rng: random.Random, task: str | None = None) -> Scene:
         return Scene(task, (Group(first), Group(second)), None, background)
     if task == "position":
         tint = 0.25 if rng.random() < 0.4 else 0.0
-        return Scene(task, (Group(first, 1, colour(tint)), Group(second, 1, colour(tint))), rng.choice(RELATIONS), background)
+        groups = Group(first, 1, colour(tint)), Group(second, 1, colour(tint))
+        return Scene(task, groups, rng.choice(RELATIONS), background)
     if task == "color_attr":
         return Scene(task, (Group(first, 1, colour(1)), Group(second, 1, colour(1))), None, background)
     if task != "mixed":
@@ -124,7 +125,8 @@ def sample_scene(rng: random.Random, task: str | None = None) -> Scene:
         return Scene(task, tuple(Group(thing, 1, colour(0.4)) for thing in (first, second, third)), None, background)
     counts = rng.choice(((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2), (1, 4), (4, 1), (3, 3)))
     relation = rng.choice(RELATIONS) if rng.random() < 0.3 and max(counts) <= 3 else None
-    return Scene(task, (Group(first, counts[0], colour(0.6)), Group(second, counts[1], colour(0.6))), relation, background)
+    groups = Group(first, counts[0], colour(0.6)), Group(second, counts[1], colour(0.6))
+    return Scene(task, groups, relation, background)
 
 
 # Placements -----------------------------------------------------------------------------------------------------------
@@ -148,13 +150,14 @@ def place(scene: Scene, rng: random.Random) -> list[Placement]:
     things = [group for group in scene.groups for _ in range(group.count)]
     if not 1 <= len(things) <= MAX_OBJECTS:
         raise ValueError(f"a scene holds 1 to {MAX_OBJECTS} things, found {len(things)}")
+    slots: Sequence[tuple[float, float]]
     if scene.relation is not None:
         slots, size = _related_slots(scene, rng)
     else:
         slots, low, high = rng.choice(_ARRANGEMENTS[len(things)])
         size = rng.uniform(low, high)
         if len(scene.groups) > 1:
-            slots = tuple(rng.sample(slots, len(slots)))
+            slots = rng.sample(slots, len(slots))
     jitter = 0.06 if len(things) == 1 else 0.025
     return [Placement(group.thing, group.colour, x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter),
                       size * rng.uniform(0.94, 1.0)) for group, (x, y) in zip(things, slots, strict=True)]
@@ -188,6 +191,10 @@ _ENDS = {"left of": ("on the left", "on the right"), "right of": ("on the right"
          "above": ("at the top", "at the bottom"), "below": ("at the bottom", "at the top")}
 
 
+def _article(words: str) -> str:
+    return "an" if words[0] in "aeiou" and not words.startswith(("unic", "one")) else "a"
+
+
 def noun_phrase(group: Group, rng: random.Random) -> str:
     """The group in words: "a red apple", "2 dogs", "three purple sofas"."""
     thing = objects()[group.thing]
@@ -204,7 +211,7 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
         if noun.endswith("s") and noun == thing.plural:  # "scissors", "grapes": no article, no number
             return described
         if style < 0.72:
-            return f"{'an' if described[0] in 'aeiou' and not described.startswith(('unic', 'one')) else 'a'} {described}"
+            return f"{_article(described)} {described}"
         return f"one {described}" if style < 0.82 else f"the {described}" if style < 0.86 else described
     plural = pluralize(noun) if use_synonym else thing.plural
     many = f"{colour} {plural}" if colour else plural

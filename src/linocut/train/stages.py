@@ -5,19 +5,29 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linocut.errors import UsageError
-from linocut.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from linocut.train.recipe import Recipe
 
 STAGES = ("vae", "teacher", "ternary", "binary", "export")
+NEEDS = {"teacher": ("vae",), "ternary": ("vae", "teacher"), "binary": ("vae", "teacher"), "export": ("vae",)}
+SHEETS = ("scenes", "sheet")  # pictures to look at, before and after; made when asked for
 
 
-def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str | None = None) -> None:
-    """Run one stage; its inputs are the results of earlier stages in the run folder."""
+def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str | None = None,
+              models: tuple[str, str] | None = None) -> None:
+    """Run one stage; its inputs are the results of earlier stages in the run folder.
+
+    `models` (ternary, binary) are what stage `sheet` draws with instead of the exported ones.
+    """
     from linocut.train.loop import Ranks
 
-    if stage not in STAGES:
-        raise UsageError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
+    if stage not in STAGES + SHEETS:
+        raise UsageError(f"unknown stage {stage!r}; stages are {', '.join(STAGES + SHEETS)}")
+    _check_inputs(stage, run)
     ranks, begin = Ranks.start(device), time.monotonic()
     if ranks.first:
         print(f"{stage} on {ranks.world} x {ranks.device}", flush=True)
@@ -27,22 +37,38 @@ def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str 
     elif stage == "teacher":
         from linocut.train.teacher import train_teacher
         train_teacher(recipe, run, sprites, ranks)
-    elif stage == "export":
-        from linocut.train.export import export
-        if ranks.first:
-            export(recipe, run, run / "model")
-    else:
+    elif stage in ("ternary", "binary"):
         from linocut.train.distill import train_quantized
         train_quantized(recipe, stage, run, ranks)
+    elif ranks.first and stage == "export":
+        from linocut.train.export import export
+        export(recipe, run, run / "model")
+    elif ranks.first:
+        from linocut.train.sheet import held_out_sheet, scene_sheet
+        if stage == "scenes":
+            scene_sheet(recipe, sprites, run / "scenes.png")
+        else:
+            held_out_sheet(recipe, run, run / "sheet.png", models, device)
     if ranks.first:
         print(f"{stage} took {time.monotonic() - begin:.0f} s", flush=True)
 
 
+def _check_inputs(stage: str, run: Path) -> None:
+    for earlier in NEEDS.get(stage, ()):
+        if not (run / earlier).is_dir():
+            raise UsageError(f"{run / earlier}: no result of stage {earlier}, which stage {stage} goes on from; "
+                             f"run it first (--stage {earlier})")
+    if stage == "export" and not any((run / student).is_dir() for student in ("ternary", "binary")):
+        raise UsageError(f"{run}: no student to export; run stage ternary or binary first")
+
+
 def main() -> None:
+    from linocut.train.recipe import Recipe
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", action="append", choices=STAGES, help="repeatable; all stages if left out")
+    parser.add_argument("--stage", action="append", choices=STAGES + SHEETS, help=f"repeatable; default: {STAGES}")
     parser.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
     parser.add_argument("--device")
     options = parser.parse_args()
