@@ -1,0 +1,185 @@
+"""The whole chain at toy size: every stage, what it leaves, and that what ships computes what was trained."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_recipe import ROOT, write_recipe, write_sprites
+
+from linocut.cli import main
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.folder import ModelFolder
+from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
+from linocut.pipeline.generate import Pipeline
+from linocut.train.autoencoder import load_vae
+from linocut.train.dataset import LatentBank, make_tokenizer
+from linocut.train.export import FOLDERS, quantized
+from linocut.train.loop import load_weights
+from linocut.train.painter import Painter
+from linocut.train.recipe import Recipe
+from linocut.train.render import SceneRenderer
+from linocut.train.sheet import split_grid
+
+CPU = torch.device("cpu")
+
+
+class Trained:
+    """Where things lie after all stages have run."""
+
+    def __init__(self, root: Path) -> None:
+        self.recipe_file, self.sprites, self.run = write_recipe(root), write_sprites(root / "sprites"), root / "run"
+        self.recipe = Recipe.from_file(self.recipe_file)
+
+    def arguments(self, *stages: str) -> list[str]:
+        chosen = [word for stage in stages for word in ("--stage", stage)]
+        return ["train", str(self.recipe_file), "--out", str(self.run), "--sprites", str(self.sprites), *chosen,
+                "--device", "cpu"]
+
+    def command(self, *stages: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(self.arguments(*stages))
+        assert ended.value.code == 0
+
+    def student(self, encoding: str) -> Painter:
+        """The trained student with its dense tensors rounded to float16, as the export stores them."""
+        painter = quantized(self.recipe, encoding).eval().requires_grad_(False)
+        load_weights(painter, self.run / encoding)
+        for module in painter.modules():
+            if not isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+                for parameter in module.parameters(recurse=False):
+                    parameter.copy_(parameter.half().float())
+        return painter
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = Trained(tmp_path_factory.mktemp("train"))
+    found.command()
+    torch.set_num_threads(before)
+    return found
+
+
+def test_every_stage_leaves_its_result(trained):
+    left = {path.relative_to(trained.run).as_posix() for path in trained.run.rglob("*") if path.is_file()}
+    assert {"vae/report.txt", "vae/held_out.png", "tokenizer/tokenizer.json", "teacher.png", "ternary.png", "binary.png",
+            "model/model_index.json", "model/scheduler/scheduler_config.json", "model/tokenizer/tokenizer.json",
+            *(f"{stage}/model.safetensors" for stage in ("vae", "teacher", "ternary", "binary")),
+            *(f"model/{part}/config.json" for part in ("vae", "text_encoder", *FOLDERS.values()))} <= left
+    assert not [name for name in left if name.endswith((".partial", ".journal", ".pt", ".pkl"))]
+
+
+@torch.no_grad()
+def test_teacher_has_learned(trained):
+    """Its flow-matching loss on fixed noise is below that of its starting point, which predicts zero."""
+    recipe, run = trained.recipe, trained.run
+    bank = LatentBank.build(recipe, make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU),
+                            SceneRenderer(trained.sprites, recipe.data.size), 0, CPU)
+    torch.manual_seed(0)
+    latents, ids, mask = bank.sample(32, 0.0)
+    noise, sigma = torch.randn_like(latents), torch.rand(32)
+    noisy = latents + sigma[:, None, None] * (noise - latents)
+
+    def loss(painter: Painter) -> float:
+        return float((painter.velocity(noisy, painter.read(ids, mask), sigma) - (noise - latents)).square().mean())
+
+    assert loss(Painter.load(recipe, run / "teacher", CPU)) < 0.97 * loss(Painter(recipe).eval())
+
+
+@pytest.mark.parametrize("encoding", FOLDERS)
+@torch.no_grad()
+def test_what_ships_computes_what_was_trained(trained, encoding):
+    folder = ModelFolder(trained.run / "model", encoding, FOLDERS[encoding])
+    pipe, student = Pipeline(folder, keep_loaded=True), trained.student(encoding)
+    ids, mask = pipe.components.tokenizer.encode(["three red apples", ""])
+    latents = torch.randn(2, 4, trained.recipe.transformer.in_channels, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.3])
+    text = student.read(ids, mask)
+    with pipe.components.use("text_encoder") as encoder:
+        torch.testing.assert_close(encoder(ids, mask), text, rtol=1e-4, atol=1e-4)
+    with pipe.components.use("transformer") as transformer:
+        packed = transformer(latents, text, sigma, student.image_ids, student.text_ids)
+    torch.testing.assert_close(packed, student.velocity(latents, text, sigma), rtol=1e-4, atol=1e-4)
+    with folder.checkpoint("transformer") as checkpoint:
+        assert {entry.encoding for entry in checkpoint.packed.values()} == {encoding, "affine4"}
+        checkpoint.verify()
+
+
+@pytest.mark.parametrize("encoding", FOLDERS)
+def test_the_pipeline_draws_what_training_drew(trained, encoding):
+    """Same noise for the same seed, same steps, same decoder: the pictures differ by rounding to float16 alone."""
+    pipe = Pipeline(ModelFolder(trained.run / "model", encoding, FOLDERS[encoding]))
+    drawn = split_grid(trained.run / f"{encoding}.png", 2, trained.recipe.data.size)
+    for seed, (prompt, picture) in enumerate(zip(trained.recipe.held_out, drawn, strict=True)):
+        shipped = np.asarray(pipe(prompt, seed=seed).images[0]).astype(int)
+        assert np.abs(shipped - np.asarray(picture).astype(int)).mean() < 1.0
+
+
+def test_pictures_to_look_at(trained):
+    trained.command("scenes", "sheet")
+    assert Image.open(trained.run / "scenes.png").width == 1600
+    assert Image.open(trained.run / "sheet.png").width == 1600
+    assert (trained.run / "sheet.png").stat().st_size < 1_500_000
+
+
+def test_sheet_with_other_models(trained, tiny_model, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(trained.recipe_file), "--out", str(tmp_path), "--stage", "sheet", "--device", "cpu",
+              "--models", str(tiny_model), str(tiny_model)])
+    assert ended.value.code == 0
+    assert "hence not in the sheet: teacher" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["none.toml", "--out", "run"], "none.toml: not a readable recipe"),
+    (["recipe.toml"], "Missing option '--out'"),
+    (["recipe.toml", "--out", "recipe.toml"], "--out names a folder"),
+    (["recipe.toml", "--out", "run", "--stage", "paint"], "'paint' is not one of"),
+    (["recipe.toml", "--out", "run", "--stage", "teacher"], "run it first (--stage vae)"),
+    (["recipe.toml", "--out", "run", "--stage", "vae", "--sprites", "none"], "no sprite for person"),
+    (["recipe.toml", "--out", "run", "--models", "a", "b"], "--models is for stage sheet"),
+    (["recipe.toml", "--out", "run", "--stage", "sheet", "--models", "embedde", "b"], "no model 'embedde'"),
+])
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *arguments, "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_two_processes_train_together(trained, tmp_path):
+    """Two processes on the CPU leave a teacher of the same structure, once."""
+    for done in ("vae", "tokenizer"):
+        shutil.copytree(trained.run / done, tmp_path / done)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    arguments = trained.arguments("teacher")
+    arguments[arguments.index(str(trained.run))] = str(tmp_path)
+    processes = [subprocess.Popen([sys.executable, "-m", "linocut", *arguments], text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, env=shared | {"RANK": rank, "LOCAL_RANK": rank})
+                 for rank in "01"]
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "teacher on 2 x cpu" in said[0]
+    assert "teacher on" not in said[1]
+    with Checkpoint.open(tmp_path / "teacher") as two, Checkpoint.open(trained.run / "teacher") as one:
+        assert {name: two.info(name).shape for name in two.names} == {name: one.info(name).shape for name in one.names}
+        assert any(not np.array_equal(two.array(name), one.array(name)) for name in two.names)
+    assert (tmp_path / "teacher.png").is_file()
