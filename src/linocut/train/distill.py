@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from linocut.models.convert import quantize_, set_eps
 from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae, save_grid
+from linocut.train.calibrate import Batch, calibrate
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
 from linocut.train.loop import Average, Ranks, Schedule, autocast, set_rate
 from linocut.train.painter import Painter, step_levels
@@ -31,9 +32,13 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     teacher, student = Painter.load(recipe, run / "teacher", device), Painter.load(recipe, run / "teacher", device)
     # The student reads the text encoder that it will be shipped with, so that it learns to make up for its rounding.
     quantize_(student.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
-    student.transformer.requires_grad_(True)
-    quantize_(student.transformer, Policy.preset("flux2-embedded", encoding), fake=True, eps=settings.residual)
     captions = caption_bank(recipe, make_tokenizer(recipe, run / "tokenizer"), 50 + ranks.rank, settings.scenes, device)
+    policy = Policy.preset("flux2-embedded", encoding)
+    if settings.calibrate:
+        _calibrate(recipe, teacher, student, captions, policy, settings.calibrate)
+        ranks.share(student.transformer)
+    student.transformer.requires_grad_(True)
+    quantize_(student.transformer, policy, fake=True, eps=settings.residual)
     parameters = list(student.transformer.parameters())
     average = Average(student.transformer, settings.ema)
     optimizers = make_optimizers(student.transformer, settings.lr, 0.0, muon=False)
@@ -67,6 +72,9 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
         by_step = torch.zeros_like(mean).index_add_(0, which, errors.detach()) / (settings.batch / recipe.path.grid)
         mean = torch.lerp(mean, by_step, 0.05 if step else 1.0)
         schedule.log(lambda m=mean: "error by step " + " ".join(f"{e:.4f}" for e in m.tolist()))
+        if ranks.first and step and step % settings.save_every == 0:  # so that a stop costs little
+            with average.installed():
+                student.save(run / encoding)
     average.install()
     set_eps(student.transformer, 0.0)
     if ranks.first:
@@ -102,6 +110,28 @@ def _prepare(recipe: Recipe, teacher: Painter, student: Painter, captions: Capti
             there[:mine] = _eager(student.walk, x[:mine], student_text[:mine], [levels[0], levels[-1]])
         x = there
     return _Lesson(states, targets, student_text)
+
+
+def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, policy: Policy,
+               prompts: int) -> None:
+    """Round the student's blocks by GPTQ on states of the teacher's path."""
+    device, settings, batches = captions.ids.device, recipe.path, []
+    levels = step_levels(recipe)
+    generator = torch.Generator().manual_seed(recipe.data.seed + 300)
+    with torch.no_grad(), autocast(device):
+        for part in torch.randperm(len(captions.ids), generator=generator)[:prompts].to(device).split(16):
+            ids, mask = captions.pick(part)
+            text, own = _eager(teacher.read, ids, mask), _eager(student.read, ids, mask)
+            empty = _eager(teacher.read, *captions.empty(len(part)))
+            x = torch.randn(len(part), recipe.tokens[0] * recipe.tokens[1], recipe.transformer.in_channels,
+                            generator=generator).to(device)
+            for step in levels:
+                batches.append(Batch(x, own, torch.full((len(part),), step[0], device=device)))
+                x = _eager(teacher.walk, x, text, step, empty, settings.guidance, settings.guidance_until)
+    errors: list[float] = []
+    calibrate(student.transformer, batches, student.image_ids, student.text_ids, policy,
+              lambda _, error: errors.append(error))
+    print(f"  {len(errors)} layers calibrated, mean relative output error {sum(errors) / len(errors):.4f}", flush=True)
 
 
 @torch.compiler.set_stance("force_eager")

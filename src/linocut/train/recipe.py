@@ -82,9 +82,12 @@ class PathSettings:
 @dataclass(frozen=True)
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
-    `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own."""
+    `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
+    prompts (0 for none) the student starts from GPTQ codes; `save_every` steps the averaged student is written."""
 
     scenes: int = 100_000
+    calibrate: int = 0
+    save_every: int = 200
     residual: float = 0.5
     anneal: float = 0.25
     on_policy: float = 0.5

@@ -1,0 +1,117 @@
+"""Rounding that looks at the layer's inputs: GPTQ with group scales, joint scale refit and coordinate descent.
+
+The weights of a layer y = x @ W.T are rounded so that the *outputs* stay close: with H = sum of x x^T over calibration
+tokens the error is tr((W - Q) H (W - Q)^T). Every result is plain codes and one scale per group of 128.
+
+Steps (Frantar et al. 2023, "GPTQ"; Behdin et al. 2023, "QuantEase" for the coordinate descent):
+1. columns are rounded in order and each one's error is passed on to the columns that follow, a group's scale being
+   chosen from its weights as they stand when it is reached;
+2. given the codes, the scales of a row are the exact least-squares solution, all groups at once;
+3. sweeps of coordinate descent set each code to its best value given all others, with step 2 after each sweep.
+
+Shape letters: O out-features, N in-features, G groups, g weights in a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linocut.errors import FormatError, UsageError
+from linocut.formats.packed import GROUP_SIZE
+from linocut.quantize.rounding import SCALE_MAX, SCALE_MIN, quantize_binary, quantize_ternary, round_scale
+
+
+def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05, sweeps: int = 3) -> tuple[Tensor, Tensor]:
+    """Round weight [O, N] against hessian [N, N] (any positive multiple of sum x x^T), both float.
+
+    Returns values int8 [O, N] and scales float32 [O, G], rounded to what FP16 holds. `damping` is a share of the mean
+    diagonal, added to it; few calibration tokens want more. Raises UsageError for an encoding other than binary or
+    ternary and FormatError for shapes that do not fit or values that are not finite.
+    """
+    if encoding not in ("binary", "ternary"):
+        raise UsageError(f"GPTQ rounds to binary or ternary, not {encoding!r}")
+    outputs, inputs = weight.shape
+    if inputs % GROUP_SIZE or hessian.shape != (inputs, inputs):
+        raise FormatError("weight and hessian do not fit", expected=f"N a multiple of {GROUP_SIZE} and H [N, N]",
+                          found=f"{list(weight.shape)} and {list(hessian.shape)}")
+    if not (bool(torch.isfinite(weight).all()) and bool(torch.isfinite(hessian).all())):
+        raise FormatError("weights or hessian are not finite", expected="finite values", found="NaN or inf")
+    w = weight.float()
+    h = hessian.float() / hessian.diagonal().float().mean().clamp_min(1e-30)
+    h = h + damping * torch.eye(inputs, device=h.device)
+    codes, scales = _propagate(w, h, encoding)
+    codes, scales = refit_scales(w, h, codes)
+    for _ in range(sweeps):
+        codes = _descend(w, h, codes, scales, encoding)
+        codes, scales = refit_scales(w, h, codes)
+    return codes.to(torch.int8), scales
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Relative squared error of the layer's outputs over the calibration tokens."""
+    w, d, h = weight.double(), (weight - quantized).double(), hessian.double()
+    return float(((d @ h) * d).sum() / ((w @ h) * w).sum())
+
+
+def refit_scales(w: Tensor, h: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares scales [O, G] of each row given its codes, rounded to FP16; a negative scale flips its codes."""
+    outputs, inputs = w.shape
+    count = inputs // GROUP_SIZE
+    grouped = codes.view(outputs, count, GROUP_SIZE)
+    wh = (w @ h).view(outputs, count, GROUP_SIZE)
+    right = (grouped * wh).sum(-1)
+    left = torch.empty(outputs, count, count, device=w.device)
+    for i in range(count):
+        product = grouped[:, i] @ h[i * GROUP_SIZE:(i + 1) * GROUP_SIZE]
+        left[:, i] = (product.view(outputs, count, GROUP_SIZE) * grouped).sum(-1)
+    ridge = 1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-12)
+    left = left + ridge[:, None, None] * torch.eye(count, device=w.device)
+    scales = torch.linalg.solve(left, right[..., None]).squeeze(-1)
+    flipped = torch.where(scales[..., None] < 0, -grouped, grouped).view(outputs, inputs)
+    return flipped, round_scale(scales.abs().clamp(SCALE_MIN, SCALE_MAX))
+
+
+def _propagate(w: Tensor, h: Tensor, encoding: str) -> tuple[Tensor, Tensor]:
+    """GPTQ's pass over the columns. Returns float codes [O, N] and scales [O, G]."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    w, codes, scales = w.clone(), torch.empty_like(w), []
+    for begin in range(0, w.shape[1], GROUP_SIZE):
+        end = begin + GROUP_SIZE
+        block = w[:, begin:end].clone()
+        _, scale = quantize_binary(block) if encoding == "binary" else quantize_ternary(block)
+        errors = torch.empty_like(block)
+        for j in range(GROUP_SIZE):
+            code = _nearest(block[:, j:j + 1] / scale, encoding)
+            codes[:, begin + j:begin + j + 1] = code
+            error = (block[:, j:j + 1] - code * scale) / upper[begin + j, begin + j]
+            block[:, j + 1:] -= error * upper[begin + j, begin + j + 1:end]
+            errors[:, j:j + 1] = error
+        w[:, end:] -= errors @ upper[begin:end, end:]
+        scales.append(scale)
+    return codes, torch.cat(scales, dim=1)
+
+
+def _descend(w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, encoding: str) -> Tensor:
+    """One sweep: each code to its best value, given all the others."""
+    codes = codes.clone()
+    wide = scales.repeat_interleave(GROUP_SIZE, dim=1)
+    residual = (w - codes * wide) @ h
+    for begin in range(0, w.shape[1], GROUP_SIZE):
+        end = begin + GROUP_SIZE
+        local, square = residual[:, begin:end].clone(), h[begin:end, begin:end]
+        moved = torch.zeros_like(local)
+        for j in range(GROUP_SIZE):
+            column, scale = begin + j, wide[:, begin + j]
+            best = codes[:, column] + local[:, j] / (square[j, j] * scale)
+            fresh = _nearest(best, encoding)
+            moved[:, j] = (fresh - codes[:, column]) * scale
+            codes[:, column] = fresh
+            local -= moved[:, j:j + 1] * square[j]
+        residual -= moved @ h[begin:end]
+    return codes
+
+
+def _nearest(x: Tensor, encoding: str) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0) if encoding == "binary" else x.round().clamp(-1, 1)

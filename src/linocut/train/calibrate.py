@@ -1,0 +1,117 @@
+"""Rounds a FLUX.2 transformer block by block against the inputs that its layers really see.
+
+Data-free but for prompts: calibration states come from the teacher's own path. Each block's layers are rounded in the
+order in which they run, with inputs that went through everything rounded before, so that later layers make up for
+earlier ones (`quantize.gptq`). The result is a dense network whose packed layers hold exactly representable weights,
+which is also where quantization-aware training starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linocut.formats.packed import GROUP_SIZE
+from linocut.models.flux2 import Flux2Transformer, rope_tables, time_features
+from linocut.quantize.gptq import gptq, output_error
+from linocut.quantize.policy import DENSE, Policy
+from linocut.train.loop import autocast
+
+# Layers that run side by side, in the order in which the sets run.
+_DOUBLE = (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+           ("attn.to_out.0", "attn.to_add_out"), ("ff.linear_in", "ff_context.linear_in"),
+           ("ff.linear_out", "ff_context.linear_out"))
+_SINGLE = (("attn.to_qkv_mlp_proj",), ("attn.to_out",))
+
+
+@dataclass
+class Batch:
+    """Calibration inputs: latents [B, I, C], text features [B, T, E], sigma [B]."""
+
+    latents: Tensor
+    text: Tensor
+    sigma: Tensor
+
+
+@torch.no_grad()
+def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids: Tensor, text_ids: Tensor,
+              policy: Policy, on_layer: Callable[[str, float], None] | None = None) -> None:
+    """Replace, in place, the block weights that `policy` makes binary or ternary by their rounded values.
+
+    `on_layer(name, error)` hears the relative squared output error of each layer.
+    """
+    config, device = transformer.config, batches[0].latents.device
+    rope = rope_tables(torch.cat([text_ids, image_ids]), config.axes_dims_rope, config.rope_theta)
+    image, text, single, runs = [], [], [], []
+    for batch in batches:
+        with autocast(device):
+            features = time_features(batch.sigma, config.timestep_guidance_channels)
+            activated = F.silu(transformer.time_guidance_embed["timestep_embedder"](features))
+            runs.append((transformer.double_stream_modulation_img(activated),
+                         transformer.double_stream_modulation_txt(activated)))
+            single.append(transformer.single_stream_modulation(activated))
+            image.append(transformer.x_embedder(batch.latents))
+            text.append(transformer.context_embedder(batch.text))
+    for index, block in enumerate(transformer.transformer_blocks):
+        def run_double(i: int, block: nn.Module = block) -> tuple[Tensor, Tensor]:
+            return block(image[i], text[i], *runs[i], rope)
+
+        _round_block(block, f"transformer_blocks.{index}", _DOUBLE, run_double, len(batches), policy, device, on_layer)
+        for i in range(len(batches)):
+            with autocast(device):
+                image[i], text[i] = run_double(i)
+    x = [torch.cat([t, i], dim=1) for t, i in zip(text, image, strict=True)]
+    for index, block in enumerate(transformer.single_transformer_blocks):
+        def run_single(i: int, block: nn.Module = block) -> Tensor:
+            return block(x[i], single[i], rope)
+
+        _round_block(block, f"single_transformer_blocks.{index}", _SINGLE, run_single, len(batches), policy, device, on_layer)
+        for i in range(len(batches)):
+            with autocast(device):
+                x[i] = run_single(i)
+
+
+class _Stop(Exception):
+    """Ends a block's forward pass once the inputs of a set of layers are seen."""
+
+
+def _round_block(block: nn.Module, path: str, sets: Sequence[Sequence[str]], run: Callable[[int], object], count: int,
+                 policy: Policy, device: torch.device, on_layer: Callable[[str, float], None] | None) -> None:
+    for names in sets:
+        layers = {name: block.get_submodule(name) for name in names}
+        chosen = {name: policy.decide(f"{path}.{name}", tuple(layer.weight.shape))[0] for name, layer in layers.items()}
+        hessians: dict[str, Tensor] = {}
+        seen: set[str] = set()
+
+        def look(name: str, hessians: dict[str, Tensor] = hessians) -> Callable[..., None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                with torch.autocast(device.type, enabled=False):  # sums of squares need their digits
+                    rows = inputs[0].flatten(0, -2).float()
+                    hessians[name] = hessians.get(name, 0) + rows.T @ rows  # type: ignore[operator]
+                seen.add(name)
+                if len(seen) == len(layers):
+                    raise _Stop
+            return hook
+
+        hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+        for i in range(count):
+            seen.clear()
+            try:
+                with autocast(device):
+                    run(i)
+            except _Stop:
+                pass
+        for hook in hooks:
+            hook.remove()
+        for name, layer in layers.items():
+            if chosen[name] == DENSE:
+                continue
+            values, scales = gptq(layer.weight, hessians[name], chosen[name])
+            rounded = values.float() * scales.repeat_interleave(GROUP_SIZE, dim=1)
+            if on_layer is not None:
+                on_layer(f"{path}.{name}", output_error(layer.weight, rounded, hessians[name]))
+            layer.weight.copy_(rounded)
