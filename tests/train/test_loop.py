@@ -105,7 +105,8 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)])
+@pytest.mark.parametrize(("dtype", "stored"), [("F32", torch.float32), ("BF16", torch.bfloat16),
+                                                ("F16", torch.float16)])
 @pytest.mark.parametrize("part_bytes", [None, 1, 100, 10**6])
 def test_weights_come_back(tmp_path, dtype, stored, part_bytes):
     module, again = small(), small()

@@ -9,8 +9,8 @@ from linocut.errors import UsageError
 from linocut.models.flux2 import Flux2Transformer
 from linocut.models.text_encoder import Qwen3Encoder
 from linocut.quantize.policy import Policy
-from linocut.train.recipe import Recipe
 from linocut.train.loop import Ranks
+from linocut.train.recipe import Recipe
 from linocut.train.stages import run_stage
 
 TINY = (ROOT / "recipes" / "tiny-cpu.toml").read_text("utf-8").replace('held_out = "embedded/prompts.txt"\n', "")
@@ -57,7 +57,8 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize(("stage", "message"), [
     ("teacher", "no result of stage vae, which stage teacher goes on from"), ("ternary", "no result of stage vae"),
-    ("export", "no result of stage vae"), ("sheet", "no exported model"), ("paint", "unknown stage 'paint'; stages are"),
+    ("export", "no result of stage vae"), ("sheet", "no exported model"),
+    ("paint", "unknown stage 'paint'; stages are"),
 ])
 def test_a_stage_says_what_it_needs(tmp_path, stage, message):
     recipe = Recipe.from_file(ROOT / "recipes" / "tiny-cpu.toml")

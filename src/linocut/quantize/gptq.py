@@ -22,7 +22,8 @@ from linocut.formats.packed import GROUP_SIZE
 from linocut.quantize.rounding import SCALE_MAX, SCALE_MIN, quantize_binary, quantize_ternary, round_scale
 
 
-def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05, sweeps: int = 3) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
+         sweeps: int = 3) -> tuple[Tensor, Tensor]:
     """Round weight [O, N] against hessian [N, N] (any positive multiple of sum x x^T), both float.
 
     Returns values int8 [O, N] and scales float32 [O, G], rounded to what FP16 holds. `damping` is a share of the mean
@@ -31,7 +32,7 @@ def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05, 
     """
     if encoding not in ("binary", "ternary"):
         raise UsageError(f"GPTQ rounds to binary or ternary, not {encoding!r}")
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     if inputs % GROUP_SIZE or hessian.shape != (inputs, inputs):
         raise FormatError("weight and hessian do not fit", expected=f"N a multiple of {GROUP_SIZE} and H [N, N]",
                           found=f"{list(weight.shape)} and {list(hessian.shape)}")

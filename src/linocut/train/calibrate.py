@@ -8,7 +8,8 @@ which is also where quantization-aware training starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,8 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
         def run_single(i: int, block: nn.Module = block) -> Tensor:
             return block(x[i], single[i], rope)
 
-        _round_block(block, f"single_transformer_blocks.{index}", _SINGLE, run_single, len(batches), policy, device, on_layer)
+        _round_block(block, f"single_transformer_blocks.{index}", _SINGLE, run_single, len(batches), policy, device,
+                     on_layer)
         for i in range(len(batches)):
             with autocast(device):
                 x[i] = run_single(i)
@@ -82,31 +84,9 @@ class _Stop(Exception):
 def _round_block(block: nn.Module, path: str, sets: Sequence[Sequence[str]], run: Callable[[int], object], count: int,
                  policy: Policy, device: torch.device, on_layer: Callable[[str, float], None] | None) -> None:
     for names in sets:
-        layers = {name: block.get_submodule(name) for name in names}
+        layers = {name: module for name in names if isinstance(module := block.get_submodule(name), nn.Linear)}
         chosen = {name: policy.decide(f"{path}.{name}", tuple(layer.weight.shape))[0] for name, layer in layers.items()}
-        hessians: dict[str, Tensor] = {}
-        seen: set[str] = set()
-
-        def look(name: str, hessians: dict[str, Tensor] = hessians) -> Callable[..., None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                with torch.autocast(device.type, enabled=False):  # sums of squares need their digits
-                    rows = inputs[0].flatten(0, -2).float()
-                    hessians[name] = hessians.get(name, 0) + rows.T @ rows  # type: ignore[operator]
-                seen.add(name)
-                if len(seen) == len(layers):
-                    raise _Stop
-            return hook
-
-        hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
-        for i in range(count):
-            seen.clear()
-            try:
-                with autocast(device):
-                    run(i)
-            except _Stop:
-                pass
-        for hook in hooks:
-            hook.remove()
+        hessians = _watch(layers, run, count, device)
         for name, layer in layers.items():
             if chosen[name] == DENSE:
                 continue
@@ -115,3 +95,29 @@ def _round_block(block: nn.Module, path: str, sets: Sequence[Sequence[str]], run
             if on_layer is not None:
                 on_layer(f"{path}.{name}", output_error(layer.weight, rounded, hessians[name]))
             layer.weight.copy_(rounded)
+
+
+def _watch(layers: Mapping[str, nn.Linear], run: Callable[[int], object], count: int,
+           device: torch.device) -> dict[str, Tensor]:
+    """Sum x x^T [N, N] over the inputs x that each layer sees in `count` runs."""
+    hessians: dict[str, Tensor] = {}
+    seen: set[str] = set()
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with torch.autocast(device.type, enabled=False):  # sums of squares need their digits
+                rows = inputs[0].flatten(0, -2).float()
+                hessians[name] = hessians.get(name, 0) + rows.T @ rows
+            seen.add(name)
+            if len(seen) == len(layers):
+                raise _Stop
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    for i in range(count):
+        seen.clear()
+        with contextlib.suppress(_Stop), autocast(device):
+            run(i)
+    for hook in hooks:
+        hook.remove()
+    return hessians

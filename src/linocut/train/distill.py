@@ -3,12 +3,14 @@
 The teacher draws in many guided steps. From a state at the start of one step of the sampler's grid the student learns
 the straight line to where the teacher gets to at that step's end, so the student draws in the grid's few steps at
 guidance 1 (progressive distillation, Salimans and Ho 2022, for all steps at once). The states are the teacher's own at
-first and increasingly the student's (DAgger, Ross et al. 2011), whose errors it must learn to undo. Weights are quantized
-in every forward pass with straight-through gradients; every dense tensor trains too. Only captions are needed.
+first and increasingly the student's (DAgger, Ross et al. 2011), whose errors it must learn to undo. Weights are
+quantized in every forward pass with straight-through gradients; every dense tensor trains too. Only captions are
+needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -135,7 +137,7 @@ def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Cap
 
 
 @torch.compiler.set_stance("force_eager")
-def _eager(function, *arguments):  # type: ignore[no-untyped-def]
+def _eager(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """Call without compiled blocks: for shapes that occur too rarely to be worth a compilation."""
     return function(*arguments)
 

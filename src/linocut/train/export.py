@@ -36,7 +36,7 @@ def export(recipe: Recipe, run: Path, target: Path) -> None:
     shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
     vae = load_vae(recipe, run, torch.device("cpu"))
     write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
-    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))  # type: ignore[arg-type]
+    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))
     for encoding in found:
         painter, policy = quantized(recipe, encoding), Policy.preset("flux2-embedded", encoding)
         load_weights(painter, run / encoding)
@@ -62,7 +62,8 @@ def model_index(recipe: Recipe) -> dict[str, object]:
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2TokenizerFast"],
             "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
-            "linocut": {"name": recipe.name, "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
+            "linocut": {"name": recipe.name,
+                        "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
                         "default_size": [recipe.data.size, recipe.data.size], "default_steps": recipe.path.grid}}
 
 
@@ -77,6 +78,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _write_packed(folder: Path, file: str, module: nn.Module, config: dict[str, object], policy: Policy) -> None:
-    quantization = {"quant_method": "linocut", "format_version": 1, "group_size": GROUP_SIZE, "policy": policy.to_dict()}
+    quantization = {"quant_method": "linocut", "format_version": 1, "group_size": GROUP_SIZE,
+                    "policy": policy.to_dict()}
     write_json(folder / "config.json", config | {"quantization_config": quantization})
     write_checkpoint(folder / file, packed_state(module, torch.float16))

@@ -35,7 +35,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Length and optimizer of a stage. `batch` is per process; `max_seconds` shortens the schedule on a slow machine."""
+    """Length and optimizer of a stage. `batch` is per process; `max_seconds` shortens the schedule if needed."""
 
     steps: int = 1000
     batch: int = 256
@@ -120,9 +120,14 @@ class Recipe:
         unknown = set(table) - {f.name for f in fields(cls)}
         if unknown:
             raise UsageError(f"{path}: unknown sections {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
+        needed = ("name", "text_taps", "transformer", "text_encoder", "autoencoder")
+        missing = [name for name in needed if name not in table]
+        if missing:
+            raise UsageError(f"{path}: a recipe needs {', '.join(needed)}; missing are {', '.join(missing)}")
         prompts = table.pop("held_out", None)
-        held_out = tuple(line.split("|", 1)[-1].strip() for line in (path.parent / prompts).read_text("utf-8").splitlines()
-                         if line.strip() and not line.startswith("#")) if prompts else ()
+        lines = (path.parent / prompts).read_text("utf-8").splitlines() if prompts else []
+        held_out = tuple(line.split("|", 1)[-1].strip() for line in lines
+                         if line.strip() and not line.startswith("#"))
         recipe = cls(
             name=table["name"], text_taps=tuple(table["text_taps"]), held_out=held_out,
             transformer=Flux2Config.from_dict(table["transformer"]),
@@ -141,8 +146,8 @@ class Recipe:
             raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "
                              f"found {self.transformer.joint_attention_dim}")
         if self.transformer.in_channels != 4 * self.autoencoder.latent_channels:
-            raise UsageError(f"{path}: in_channels must be 4 x latent_channels = {4 * self.autoencoder.latent_channels}, "
-                             f"found {self.transformer.in_channels}")
+            raise UsageError(f"{path}: in_channels must be 4 x latent_channels = "
+                             f"{4 * self.autoencoder.latent_channels}, found {self.transformer.in_channels}")
         if len(self.path.substeps) != self.path.grid:
             raise UsageError(f"{path}: path.substeps needs one number per step of the grid ({self.path.grid})")
 

@@ -24,10 +24,12 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     ranks.same(0.0)
     tokenizer = make_tokenizer(recipe, run / "tokenizer")
     vae = load_vae(recipe, run, device)
-    bank = LatentBank.build(recipe, tokenizer, vae, SceneRenderer(sprites, recipe.data.size, device), ranks.rank, device)
+    renderer = SceneRenderer(sprites, recipe.data.size, device)
+    bank = LatentBank.build(recipe, tokenizer, vae, renderer, ranks.rank, device)
+    del renderer  # gigabytes of texture
     if ranks.first:
-        print(f"  {len(bank.latents)} scenes a process, latent deviation {float(bank.latents[:1000].float().std()):.2f}",
-              flush=True)
+        deviation = float(bank.latents[:1000].float().std())
+        print(f"  {len(bank.latents)} scenes a process, latent deviation {deviation:.2f}", flush=True)
     torch.manual_seed(recipe.data.seed + 2)
     painter = Painter(recipe).to(device)
     ranks.share(painter)
@@ -64,9 +66,11 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
 
 def make_optimizers(painter: nn.Module, lr: float, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks (scaled to AdamW's step size), AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in painter.named_parameters():
-        (matrices if muon and parameter.ndim == 2 and ("blocks." in name or "layers." in name) else others).append(parameter)
+        in_block = parameter.ndim == 2 and ("blocks." in name or "layers." in name)
+        (matrices if muon and in_block else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=others[0].is_cuda)]
     if matrices:
