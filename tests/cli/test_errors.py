@@ -39,6 +39,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (("a", "--size", "64x-64"), "height must be positive"), (("a", "-W", "0"), "width must be positive"),
     (("a", "-H", "-32"), "height must be positive"), (("a", "--size", "64by64"), "no size; write it like 512x768"),
     (("a", "--size", "1000000x1000000"), "would need"), (("a", "--size", "16384x16384"), "would need"),
+    (("a", "-W", "32" + "0" * 400), "larger than a PNG can be"),
     (("a", "--size", "64x64", "-W", "64"), "not both"), (("a", "--steps", "0"), "steps must be"),
     (("a", "--steps", "-3"), "steps must be"), (("a", "--seed", "abc"), "not a valid integer"),
     (("a", "--seed", "-1"), "a seed must lie in"), (("a", "--seed", str(2**64)), "a seed must lie in"),
@@ -46,6 +47,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (("a", "--dtype", "int8"), "--dtype"),
     (("a", "--guidance", "4"), "distilled"), (("a", "-o", "."), "is a folder"),
     (("a", "-o", "nowhere/a.png"), "nowhere does not exist"), (("a", "-n", "2", "-o", "a.png"), "put {seed}"),
+    (("a", "-n", "100000", "-o", "a.png"), "put {seed}"),
     (("a", "-n", "2", "-o", "-"), "single picture"), (("a", "-o", "-", "--json"), "choose one"),
     (("a", "-o", "/dev/full"), "No space left on device"), (("a", "-o", "/proc/x.png"), "cannot write"),
     (("--prompt-file", "none.txt"), "none.txt"), (("--prompt-file", "/dev/null"), "holds no prompt"),
@@ -71,6 +73,20 @@ def test_existing_output_is_kept(fail, tiny_model: Path) -> None:
     Path("a.png").write_bytes(b"precious")
     assert "--force" in fail("generate", "a red apple", "-o", "a.png", "-m", str(tiny_model))
     assert Path("a.png").read_bytes() == b"precious"
+
+
+def test_existing_previews_are_kept(fail, tiny_model: Path) -> None:
+    Path("steps").mkdir()
+    Path("steps/7-1-step2.png").write_bytes(b"precious")
+    message = fail("generate", "a red apple", "-s", "6", "-n", "2", "-o", "{seed}.png", "--preview-dir", "steps", "-m",
+                   str(tiny_model))
+    assert message.startswith("steps/7-1-step2.png exists")
+    assert Path("steps/7-1-step2.png").read_bytes() == b"precious"
+
+
+def test_a_benchmark_that_cannot_draw_is_refused_before_anything_is_made(fail) -> None:
+    assert "drawing needs all parts" in fail("bench", "--synthetic", "klein-4b", "--out", "m", "--parts", "vae")
+    assert "multiple of 32" in fail("bench", "--synthetic", "klein-4b", "--out", "m", "--size", "100x100")
 
 
 def test_pictures_without_a_recipe(fail) -> None:

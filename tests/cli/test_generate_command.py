@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from tiny_model import write_tiny_model
 
 from linocut.cli import COMMANDS, main
-from linocut.pipeline.png import read_recipe
+from linocut.pipeline.png import read_recipe, write_png
 
 
 @pytest.fixture
@@ -62,6 +63,27 @@ def test_another_kernel_under_the_same_recipe_gives_a_warning(linocut, monkeypat
     code, _, err = linocut("generate", "--from-image", "a.png", "-o", "b.png")
     assert code == 0
     assert f"this one with {now}" in err
+
+
+def test_what_a_picture_says_cannot_play_with_the_terminal(linocut) -> None:
+    linocut("generate", "a red apple", "-o", "a.png")
+    with Image.open("a.png") as image:
+        image.load()
+    recipe = read_recipe("a.png")
+    write_png(image, "evil.png", replace(recipe, kernel="\x1b[2J", model_hash="\nerror: all is lost"))
+    code, _, err = linocut("generate", "--from-image", "evil.png", "-o", "b.png")
+    assert code == 0
+    assert "\x1b" not in err
+    assert all(line.startswith("warning: ") for line in err.splitlines())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
+def test_a_file_name_that_is_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "linocut", "generate", "a red apple", "-m", str(tiny_model), "-o",
+                           b"\xff.png"], cwd=tmp_path, capture_output=True, check=False,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff.png"]
 
 
 def test_a_picture_does_not_decide_which_model_is_opened(linocut) -> None:

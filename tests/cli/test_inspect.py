@@ -85,6 +85,16 @@ def test_damage_is_found(model):
     assert "cut off" in done.stderr
 
 
+def test_names_made_to_break_the_sorting(tmp_path):
+    """Neither digits that are no decimals nor numbers too long for int() may end in a traceback."""
+    path = tmp_path / "f.safetensors"
+    write_checkpoint(path, {name: np.ones(4, np.float32) for name in ("a²", "a10", "a٣", "a" + "9" * 5000, "7", "a2")})
+    done = run(path, "--tensors", "--json")
+    assert done.returncode == 0, done.stderr
+    names = [entry["name"] for entry in json.loads(done.stdout)["components"]["file"]["tensors"]]
+    assert names.index("a2") < names.index("a10") < names.index("a" + "9" * 5000)
+
+
 def test_foreign_and_missing(tmp_path):
     from safetensors.numpy import save_file
     save_file({"a\x1b[31m": np.ones(4, np.float32)}, tmp_path / "f.safetensors")

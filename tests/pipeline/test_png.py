@@ -66,6 +66,26 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, image: Image.Image, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path, image: Image.Image) -> None:
+    path = tmp_path / ("字" * 83 + ".png")  # 253 of 255 bytes
+    write_png(image, path, RECIPE)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path, image: Image.Image,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process numbers repeat, in containers at every start: the next run must not stumble over the last one's file."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "unlink", lambda path: None)
+        killed.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "killed")))
+        with pytest.raises(UsageError):
+            write_png(image, tmp_path / "a.png", RECIPE)
+    (left,) = tmp_path.iterdir()
+    write_png(image, tmp_path / "a.png", RECIPE)
+    assert {each.name for each in tmp_path.iterdir()} == {left.name, "a.png"}
+
+
 def test_umask_decides_permissions(tmp_path: Path, image: Image.Image) -> None:
     old = os.umask(0o022)
     try:

@@ -6,11 +6,11 @@ when that command runs, and heavy libraries inside the command's body. Exit code
 """
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import NoReturn
 
 import click
@@ -33,18 +33,14 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-def _exists(target: str) -> bool:
-    return find_spec(target.partition(":")[0]) is not None
-
-
 class LazyGroup(click.Group):
     """A click group that imports a command's module when the command is asked for, not when it is listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, (target, _) in COMMANDS.items() if _exists(target)]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS or not _exists(COMMANDS[cmd_name][0]):
+        if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         return getattr(import_module(module), attribute)
@@ -57,13 +53,13 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def resolve_command(self, ctx: click.Context,
                         args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             from difflib import get_close_matches
-            near = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            near = get_close_matches(args[0], COMMANDS, n=1)
             advice = f"did you mean {near[0]!r}?" if near else "see 'linocut --help'"
             raise click.UsageError(f"no command {args[0]!r}; {advice}", ctx)
         return super().resolve_command(ctx, args)
@@ -94,7 +90,11 @@ def error_line(error: BaseException) -> str:
         text = "out of memory; choose a smaller size (see 'linocut plan')"
     else:
         text = str(error) or type(error).__name__
-    text = " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Text that came from a file, without characters that could play with the terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -119,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Threads that spin at every barrier halve the speed as soon as another program runs, and gain nothing otherwise.
     # The OpenMP runtime reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The name of a file need not be valid text; printing it shall not end in a traceback after all the work is done.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result: object = cli.main(list(arguments) if arguments is not None else None, prog_name="linocut",
                           standalone_mode=False)

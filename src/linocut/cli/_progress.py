@@ -1,4 +1,4 @@
-"""The progress line of `linocut generate`: phase, picture, step, seconds. On stderr, and only on a terminal."""
+"""Progress on stderr, and only on a terminal: the line of `linocut generate`, and a plain bar for other long work."""
 
 import sys
 from types import TracebackType
@@ -58,3 +58,29 @@ class Display:
             self._bar.console.print(Text(text)) if err else self._bar.console.print(Text(text), soft_wrap=True)
         else:
             click.echo(text, err=err)
+
+
+class Bar:
+    """A bar for work of known size, such as bytes or weights; silent where stderr is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                             TextColumn("{task.description}", style="dim", markup=False), transient=True,
+                             console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("opening", total=None)
+
+    def update(self, done: int, total: int, name: str) -> None:
+        """Show that `done` of `total` is done, and what is in hand."""
+        self._bar.update(self._task, completed=done, total=total, description=name)
+
+    def __enter__(self) -> "Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._bar.stop()

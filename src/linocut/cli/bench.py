@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from linocut.cli._progress import Bar
+from linocut.cli.generate import Size
+
 
 @click.command()
 @click.option("--synthetic", type=click.Choice(["klein-4b"]), required=True,
@@ -20,13 +23,13 @@ import click
               help="Make a dense model instead, as input for 'linocut quantize' (transformer only by default).")
 @click.option("--parts", metavar="LIST", help="Components to make, comma separated: transformer, text_encoder, vae, "
               "tokenizer.")
-@click.option("--size", metavar="WxH", default="256x256", show_default=True, help="Picture to draw.")
+@click.option("--size", type=Size(), default="256x256", show_default=True, help="Picture to draw.")
 @click.option("--steps", type=click.IntRange(1, 100), default=4, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads for drawing; all cores by default.")
 @click.option("--make-only", is_flag=True, help="Make the model, do not draw.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
-def command(synthetic: str, out: Path | None, encoding: str, source: str | None, parts: str | None, size: str,
-            steps: int, threads: int | None, make_only: bool, as_json: bool) -> None:
+def command(synthetic: str, out: Path | None, encoding: str, source: str | None, parts: str | None,
+            size: tuple[int, int], steps: int, threads: int | None, make_only: bool, as_json: bool) -> None:
     """Measure on random weights of a model's true shapes.
 
     The folder is made once (deterministic, in little memory) and used again by the next run.
@@ -36,12 +39,17 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
 
     from linocut.errors import UsageError
     from linocut.models.synthetic import KNOWN, PARTS, share_parts, write_synthetic
+    from linocut.pipeline.memory import check_size
 
     chosen = tuple(part.strip() for part in parts.split(",")) if parts else (
         ("transformer",) if source else PARTS)
     if out is None and (make_only or source):
         raise UsageError("say --out DIR, where the model shall stay")
-    width, height = _size(size)
+    width, height = size
+    if not make_only and not source:  # said now, not after minutes of making
+        check_size(width, height)
+        if not set(PARTS) <= set(chosen):
+            raise UsageError(f"drawing needs all parts ({', '.join(PARTS)}); leave --parts out, or add --make-only")
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="linocut-bench-") as temporary:
         root = out or Path(temporary)
@@ -52,7 +60,7 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
             _refuse_other(folder, name)
             if folder != folders[0]:
                 share_parts(folders[0], folder, tuple(part for part in chosen if part != "transformer"))
-            with _Bar("making") as bar:
+            with Bar("making") as bar:
                 write_synthetic(folder, KNOWN[synthetic], name, chosen, bar.update)
             facts = {"model": synthetic, "encoding": name, "folder": str(folder),
                      "make_seconds": round(time.monotonic() - start, 2), "bytes": _sizes(folder)}
@@ -63,16 +71,6 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
                 _print(facts)
     if as_json:
         click.echo(json.dumps(measured, indent=2))
-
-
-def _size(text: str) -> tuple[int, int]:
-    from linocut.errors import UsageError
-
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise UsageError(f"--size {text!r}: expected WIDTHxHEIGHT, for example 256x256") from None
-    return width, height
 
 
 def _refuse_other(folder: Path, encoding: str) -> None:
@@ -103,30 +101,6 @@ def _sizes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-class _Bar:
-    """Progress on stderr; silent where that is no terminal."""
-
-    def __init__(self, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self.bar = Progress(TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                            TextColumn("[dim]{task.description}"), console=console, transient=True,
-                            disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=None)
-
-    def update(self, done: int, total: int, name: str) -> None:
-        self.bar.update(self.task, completed=done, total=total, description=name)
-
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-
 def _draw(folder: Path, width: int, height: int, steps: int, threads: int | None) -> dict[str, Any]:
     """Draw one picture in this process: seconds and peak resident memory of each stage."""
     from linocut.pipeline.generate import Pipeline
@@ -134,7 +108,7 @@ def _draw(folder: Path, width: int, height: int, steps: int, threads: int | None
     start = time.monotonic()
     pipe = Pipeline.from_pretrained(folder, threads=threads)
     opened = time.monotonic() - start
-    with _Bar("drawing") as bar:
+    with Bar("drawing") as bar:
         result = pipe("a red apple and two blue cups on a wooden table", width=width, height=height,
                       num_inference_steps=steps, seed=0,
                       on_progress=lambda p: bar.update(p.done, p.total, p.phase))

@@ -68,7 +68,7 @@ def _gigabytes(count: int | None) -> str:
 
 
 def _line(console: "Console", key: str, value: object) -> None:
-    console.print(f"  {key:<12} {_plain(value)}")
+    console.print(f"  {key:<16} {_plain(value)}")
 
 
 def _show_machine(console: "Console", report: "Facts") -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from linocut.cli import printable
 from linocut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Size(click.ParamType):
         return width, int(found[2]) if found[2] else width
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", metavar="TEXT", help="The prompt, if not given as an argument.")
 @click.option("--prompt-file", metavar="FILE", help="One prompt per line; - reads stdin.")
@@ -184,15 +185,23 @@ class Job:
         for job in request.jobs:
             name = template if template is not None else f"{_words(job.prompt)}-{job.seed}.png"
             paths.append(Path(name.replace("{seed}", str(job.seed)).replace("{index}", str(job.index))))
-        if len(set(paths)) < len(paths):
-            repeated = max(paths, key=paths.count)
-            raise UsageError(f"several pictures would be written to {repeated}; put {{seed}} or {{index}} into -o")
+        seen: set[Path] = set()
         for path in paths:
+            if path in seen:
+                raise UsageError(f"several pictures would be written to {path}; put {{seed}} or {{index}} into -o")
+            seen.add(path)
             check_output(path, self.options["force"])
         previews = self.options["preview_dir"]
-        if previews is not None and Path(previews).exists() and not Path(previews).is_dir():
-            raise UsageError(f"{previews} is not a folder; --preview-dir needs one")
+        if previews is not None and Path(previews).exists():
+            if not Path(previews).is_dir():
+                raise UsageError(f"{previews} is not a folder; --preview-dir needs one")
+            for index in range(len(request.jobs)):
+                for step in range(request.steps):
+                    check_output(self._preview_path(request, index, step), self.options["force"])
         return paths
+
+    def _preview_path(self, request: "Request", index: int, step: int) -> Path:
+        return Path(self.options["preview_dir"]) / f"{request.jobs[index].seed}-{index}-step{step + 1}.png"
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
@@ -258,11 +267,12 @@ class Job:
             nonlocal count
             index, count = count // request.steps, count + 1
             image = state["preview"].resize((request.width, request.height))
-            write_png(image, Path(folder) / f"{request.jobs[index].seed}-{index}-step{step + 1}.png", force=True)
+            write_png(image, self._preview_path(request, index, step), force=self.options["force"])
 
         return write
 
     def _note(self, text: str, display: Any = None) -> None:
+        text = printable(text)  # it may quote a picture from anybody
         if text in self.notes:
             return
         self.notes.append(text)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from linocut.cli import printable
+
 if TYPE_CHECKING:
     from linocut.formats.checkpoint import Checkpoint
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("target", metavar="MODEL_OR_FILE", default="embedded")
 @click.option("--verify", is_flag=True, help="Check the SHA-256 and the values of every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -54,8 +56,11 @@ def _open(target: str) -> tuple[dict[str, Any], dict[str, "Checkpoint"]]:
     return report | {"components": {}}, {part: folder.checkpoint(part) for part in weights}
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts block 2 before block 10. Digits are compared as text: a name from a file may hold any number."""
+    parts = re.split(r"([0-9]+)", name)  # text and digits take turns
+    return [(0, part) if place % 2 == 0 else (len(part.lstrip("0")), part.lstrip("0"))
+            for place, part in enumerate(parts)]
 
 
 def _describe(checkpoint: "Checkpoint", tensors: bool) -> dict[str, Any]:
@@ -110,8 +115,8 @@ def _verify(report: dict[str, Any], checkpoints: dict[str, "Checkpoint"], quiet:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-        bar = Progress(TextColumn("verifying {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
-                       console=Console(stderr=True), transient=True)
+        bar = Progress(TextColumn("verifying {task.description}", markup=False), BarColumn(), DownloadColumn(),
+                       TimeElapsedColumn(), console=Console(stderr=True), transient=True)
     with bar:
         for name, checkpoint in checkpoints.items():
             advance: Callable[[int, int], None] | None = None
@@ -126,14 +131,14 @@ def _verify(report: dict[str, Any], checkpoints: dict[str, "Checkpoint"], quiet:
 
 def _lines(report: dict[str, Any], verify: bool) -> list[str]:
     """The report for people."""
-    lines = [f"{_clean(report['name'])}  (weights {report['hash']})", f"  {_clean(report['path'])}"]
+    lines = [f"{printable(report['name'])}  (weights {report['hash']})", f"  {printable(report['path'])}"]
     if "settings" in report:
         settings = report["settings"]
         width, height = settings["default_size"]
         lines.append(f"  {width}x{height} px, {settings['default_steps']} steps, {settings['text_length']} text "
                      f"tokens, {'distilled' if settings['is_distilled'] else 'not distilled'}")
     for name, part in report["components"].items():
-        lines += ["", f"{_clean(name)}: {', '.join(_clean(file) for file in part['files'])}"]
+        lines += ["", f"{printable(name)}: {', '.join(printable(file) for file in part['files'])}"]
         rows = [(kind, f"{total['tensors']:,} {'layers' if total['packed'] else 'tensors'}", f"{total['weights']:,}",
                  f"{total['bytes']:,}", f"{total['bits_per_weight']:.4f}") for kind, total in part["kinds"].items()]
         rows.append(("all tensors", f"{part['stored_tensors']:,} stored", f"{part['weights']:,}",
@@ -146,7 +151,7 @@ def _lines(report: dict[str, Any], verify: bool) -> list[str]:
                 f", {hashes:,} hashes" if hashes else "; the file stores no hashes"))
         if "tensors" in part:
             lines += _table(("tensor", "kind", "shape", "bytes", "bits/weight"), [
-                (_clean(entry["name"]), entry["kind"], "x".join(map(str, entry["shape"])) or "scalar",
+                (printable(entry["name"]), entry["kind"], "x".join(map(str, entry["shape"])) or "scalar",
                  f"{entry['bytes']:,}", f"{entry['bits_per_weight']:.4f}") for entry in part["tensors"]])
     if len(report["components"]) != 1:
         total = report["total"]
@@ -162,8 +167,3 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     return ["  " + "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width)
                              in enumerate(zip(row, widths, strict=True))).rstrip() for row in [head, *rows]]
-
-
-def _clean(text: str) -> str:
-    """Text from a file, without characters that could play with the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)

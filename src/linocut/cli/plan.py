@@ -9,7 +9,7 @@ from linocut.cli.generate import Size
 PHASES = {"encode": "read the prompt", "denoise": "draw", "decode": "develop"}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("model", default="embedded")
 @click.option("--size", type=Size(), help="Size of the picture, such as 512x768. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,

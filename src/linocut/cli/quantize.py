@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from linocut.cli._progress import Bar
 
 if TYPE_CHECKING:
     from linocut.quantize.stream import Report
@@ -36,8 +38,6 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     \b
     linocut quantize black-forest-labs/FLUX.2-klein-4B klein-ternary --encoding ternary
     """
-    from rich.console import Console
-
     from linocut.errors import UsageError
     from linocut.quantize.policy import Policy
     from linocut.quantize.stream import quantize_folder
@@ -45,12 +45,11 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     if policy_file is None and encoding is None:
         raise UsageError("say --encoding ternary or --encoding binary, or pass a --policy file")
     policy = None if policy_file is None else Policy.from_file(policy_file, encoding)
-    errors = Console(stderr=True)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        with _progress(errors) as on_progress:
+        with Bar("quantizing") as bar:
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
-                                     on_progress)
+                                     bar.update)
     except KeyboardInterrupt:
         click.echo(f"stopped; nothing was written at {destination}, the same command goes on where it stopped",
                    err=True)
@@ -67,25 +66,6 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
 
 def _stop(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-class _progress:
-    """A progress bar on stderr, counting weights; silent where stderr is no terminal."""
-
-    def __init__(self, console: Any) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                            TextColumn("[dim]{task.description}"), console=console, transient=True,
-                            disable=not console.is_terminal)
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        task = self.bar.add_task("opening", total=None)
-        return lambda done, total, name: self.bar.update(task, completed=done, total=total, description=name)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
 
 def _print_report(report: Report) -> None:

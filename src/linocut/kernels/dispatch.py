@@ -37,7 +37,7 @@ def candidate(name: str) -> Candidate:
         if each.name == name:
             return each
     known = ", ".join(("auto", *(each.name for each in CANDIDATES)))
-    raise KernelError(f"there is no kernel called {name!r} (known: {known}); check LINOCUT_KERNEL or --kernel")
+    raise KernelError(f"there is no kernel called {name!r} (known: {known}); check LINOCUT_KERNEL")
 
 
 def requested() -> str:

@@ -37,6 +37,7 @@ TILE_ROWS = 64
 """Height of the strips that the decoder then works in, in pixels."""
 SIZE_MULTIPLE = 32
 LARGEST_SIDE = 16384
+LARGEST_PNG_SIDE = 2**31 - 1
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PAGE_CLUSTER = 64 * 1024  # a page fault in a mapped file brings in its neighbours
 
@@ -93,6 +94,9 @@ def check_size(width: int, height: int) -> None:
             raise UsageError(f"{name} must be a whole number of pixels (found {value!r})")
         if value <= 0:
             raise UsageError(f"{name} must be positive (found {value})")
+        if value > LARGEST_PNG_SIDE:  # also keeps the planner's numbers within what a float holds
+            raise UsageError(f"{name} is larger than a PNG can be (expected at most {LARGEST_SIDE}, found a number of "
+                             f"{len(str(value))} digits); choose a smaller one")
         if value % SIZE_MULTIPLE:
             below = value // SIZE_MULTIPLE * SIZE_MULTIPLE
             near = f"{below} or {below + SIZE_MULTIPLE}" if below else str(SIZE_MULTIPLE)

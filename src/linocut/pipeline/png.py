@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import secrets
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -188,8 +189,9 @@ def _is_device(path: Path) -> bool:
 
 
 def _write_whole(target: Path, data: bytes, force: bool) -> None:
-    # The temporary file lies in the same folder, so that giving it its name cannot cross file systems.
-    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    # The temporary file lies in the same folder, so that giving it its name cannot cross file systems. Its own name is
+    # short, whatever the target's, and random: in a container every run may have the process number of the last one.
+    partial = target.with_name(f".linocut-{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:
             _write_durably(file, data)
