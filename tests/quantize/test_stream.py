@@ -245,3 +245,6 @@ def test_kleins_config_is_read_off_its_shapes():
         shapes = {name: tuple(t.shape) for name, t in Flux2Transformer(Flux2Config()).state_dict().items()}
     assert Flux2Config.from_dict(flux2_config(shapes)) == Flux2Config()
     assert flux2_config({"blocks.0.qkv.weight": (3, 3)}) == {}
+    ends = {name: shape for name, shape in shapes.items() if "blocks." not in name}
+    assert flux2_config(ends | {"a.attn.norm_q.weight": (128,)}) == {}  # neither an MLP nor a fused projection
+    assert flux2_config(ends | {"a.attn.norm_q.weight": (), "a.ff.linear_out.weight": (3,)}) == {}

@@ -6,7 +6,6 @@ text encoder under Qwen3Model's; so the output does not depend on the form of th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
+from linocut.formats.header import strict_json
 from linocut.formats.names import BFLCheckpoint, open_flux2
 
 Reader = Checkpoint | BFLCheckpoint
@@ -111,11 +111,10 @@ def _from_folder(src: str | Path, pack_text_encoder: bool) -> Source:
 def _json_or_empty(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", path=path) from error
-    return value if isinstance(value, dict) else {}
+    value = strict_json(path.read_bytes(), path, "file")
+    if not isinstance(value, dict):
+        raise FormatError("file has the wrong form", path=path, expected="a JSON object", found=type(value).__name__)
+    return value
 
 
 def flux2_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -125,15 +124,16 @@ def flux2_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
     needed = ("x_embedder.weight", "context_embedder.weight", "proj_out.weight",
               "time_guidance_embed.timestep_embedder.linear_1.weight")
-    head = next((shapes[name][0] for name in shapes if name.endswith(".attn.norm_q.weight")), 0)
-    out = next((shapes[name] for name in shapes if name.endswith(".ff.linear_out.weight")), None)
+    head = next((shape[0] for name, shape in shapes.items() if name.endswith(".attn.norm_q.weight") and shape), 0)
     if any(len(shapes.get(name, ())) != 2 for name in needed) or not head or head % 8:
         return {}
     width, channels = shapes["x_embedder.weight"]
-    if out is not None:
-        hidden = out[1]
-    else:  # a model of single blocks only: to_out takes [attention | MLP]
-        hidden = next(shape[1] for name, shape in shapes.items() if name.endswith(".attn.to_out.weight")) - width
+    # A model of single blocks only has no MLP of its own: to_out takes [attention | MLP].
+    inputs = {suffix: shape[1] for name, shape in shapes.items() for suffix in (".ff.linear_out.weight",
+              ".attn.to_out.weight") if name.endswith(suffix) and len(shape) == 2}
+    if not inputs or not width:
+        return {}
+    hidden = inputs.get(".ff.linear_out.weight", inputs.get(".attn.to_out.weight", 0) - width)
     velocity = shapes["proj_out.weight"][0]
     return {
         "_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": channels,
