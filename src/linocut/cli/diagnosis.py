@@ -61,8 +61,7 @@ def libraries() -> list[Facts]:
     try:
         wanted = [line.partition(";")[0].strip() for line in requires("linocut") or [] if "extra ==" not in line]
     except PackageNotFoundError:  # run from a source tree that was never installed
-        wanted = ["torch", "numpy", "tokenizers", "pillow", "click", "rich", "platformdirs", "huggingface_hub",
-                  "psutil"]
+        wanted = ["torch", "numpy", "tokenizers", "pillow", "click", "rich", "huggingface_hub", "psutil"]
     found = []
     for requirement in wanted:
         name = requirement

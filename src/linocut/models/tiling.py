@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linocut.errors import UsageError
-from linocut.models.autoencoder import Autoencoder, AutoencoderConfig, OnTile, ResnetBlock, UpBlock, Upsample
+from linocut.models.autoencoder import Autoencoder, OnTile, ResnetBlock, UpBlock, Upsample
 
 Fetch = Callable[[int, int], Tensor]  # rows lo..hi-1 of a feature map, [1, C, hi - lo, W]
 
@@ -179,21 +179,3 @@ def decode_in_strips(vae: Autoencoder, z: Tensor, rows: int, on_tile: OnTile | N
     total += -(-(z.shape[2] * vae.factor) // rows)
     strips = _Strips(rows, total * z.shape[0], on_tile)
     return torch.cat([_decode_one(vae, one, strips) for one in z.split(1)])
-
-
-def decode_bytes(config: AutoencoderConfig, height: int, width: int, rows: int | None, itemsize: int = 4) -> int:
-    """About the memory, weights aside, that decoding one picture of `height` x `width` pixels takes at its peak.
-
-    `rows` is the height of the strips, or None for the plain decoder.
-    """
-    widths = config.decoder_block_out_channels or config.block_out_channels
-    narrow, wide = widths[0], widths[min(1, len(widths) - 1)]
-    if rows is None:
-        # First residual block of the last stage: its input, the normalised copy and what the convolution writes.
-        return int((3 * wide + narrow) * height * width * itemsize * 1.15)
-    held = [(wide / 4 + 2 * narrow) * height * width]
-    for stage in range(1, len(widths)):
-        outer, inner = widths[stage], widths[min(stage + 1, len(widths) - 1)]
-        held.append((inner + 2 * outer) * (height >> stage) * (width >> stage))
-    strip = 4 * wide * min(rows + 2, height) * width
-    return int((max(held) + strip) * itemsize * 1.15)  # what the convolutions themselves take, as measured
