@@ -5,9 +5,8 @@
 #   make lint    ruff and mypy                   make build   build the C++ module again
 #   make wheel   dist/: manylinux wheel, sdist   make clean   remove what was built; make distclean: .venv too
 
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
-	command -v $$name >/dev/null && $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	&& echo $$name && break; done)
+# Empty: the first of python3.11, python3.12, ... that is there; Debian's is installed if there is none.
+PYTHON ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= two red apples and a blue cup
@@ -28,10 +27,7 @@ help:
 
 # The stamps record what .venv holds; a change of the files that decide it makes them run again.
 $(VENV)/.created:
-	@test -n "$(PYTHON)" || { echo "linocut needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
-		|| { echo "this Python has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	python=$$(scripts/prepare_debian.sh $(PYTHON)) && $$python -m venv $(VENV)
 	@touch $@
 
 # torch first: everything after it then accepts the build that is there.
