@@ -16,6 +16,9 @@ OUT ?= demo.png
 PYTEST_ARGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+# What an extra asks for, without linocut itself, whose C++ module would be built once more.
+REQUIREMENTS := import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
@@ -40,7 +43,7 @@ $(VENV)/.run: $(VENV)/.created constraints.txt $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.run
 	@echo "installing what the tests need ..."
-	$(PIP) --no-build-isolation --editable '.[test,release]'
+	$(BIN)/python -c '$(REQUIREMENTS)' test release | $(PIP) --requirement /dev/stdin
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.run
