@@ -61,8 +61,7 @@ def test_mistakes(fail, tiny_model: Path, arguments: tuple[str, ...], message: s
 
 @pytest.mark.parametrize("model", ["no-such-model", "./no/such/folder", ".", "/", "/dev/null", ""])
 def test_unknown_models(fail, model: str) -> None:
-    fail("generate", "a red apple", "-m", model)
-    fail("plan", model)
+    assert fail("generate", "a red apple", "-m", model) == fail("plan", model)
 
 
 def test_unknown_command_names_the_near_one(fail) -> None:

@@ -117,7 +117,7 @@ class Job:
 
     def _arguments(self) -> dict[str, Any]:
         options = self.options
-        self.model, self.dtype = options["model"] or "embedded", options["dtype"]
+        self.model, self.dtype = "embedded" if options["model"] is None else options["model"], options["dtype"]
         width, height = options["width"], options["height"]
         if options["size"] is not None:
             if width is not None or height is not None:
@@ -166,7 +166,8 @@ class Job:
         if self.options["model"] is None and recipe.model not in EMBEDDED:
             raise UsageError(f"{path} was drawn with the model {recipe.model!r}; say where it is with "
                              "--model FOLDER or --model HUB-ID")
-        self.model, self.dtype = self.options["model"] or recipe.model, recipe.dtype
+        model = self.options["model"]
+        self.model, self.dtype = recipe.model if model is None else model, recipe.dtype
         return {"prompt": recipe.prompt, "width": recipe.width, "height": recipe.height, "seed": recipe.seed,
                 "num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
 

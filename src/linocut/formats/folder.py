@@ -57,6 +57,8 @@ class ModelFolder:
             if not (root / "model_index.json").is_file() or not (root / EMBEDDED[name]).is_dir():
                 raise ModelNotFoundError(f"model {name!r} is not part of this installation; {_possible()}")
             return cls(root, name, EMBEDDED[name])
+        if not name:  # as a path it would be the current folder
+            raise ModelNotFoundError(f"no model ''; {_possible()}")
         path = Path(name).expanduser()
         if path.is_dir():
             if not (path / "model_index.json").is_file():
