@@ -8,61 +8,19 @@ Shape letters: B batch, C latent channels, H and W the picture's height and widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linocut.errors import FormatError, UsageError
+from linocut.errors import UsageError
+from linocut.models.configs import CELL, AutoencoderConfig
 
 OnTile = Callable[[int, int], None]
 
 NORM_EPS = 1e-6
-CELL = 2  # side of the cell that patchify folds into channels
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Sizes of the autoencoder, named as in diffusers' `config.json`. The defaults are klein's."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    decoder_block_out_channels: tuple[int, ...] | None = None
-    layers_per_block: int = 2
-    latent_channels: int = 32
-    norm_num_groups: int = 32
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-    batch_norm_eps: float = 1e-4
-    preview: bool = False  # whether the checkpoint holds preview.weight and preview.bias (ours, not in diffusers)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderConfig:
-        """Read a diffusers `config.json`. Raises FormatError for another activation or patch size."""
-        for key, default, expected in (("act_fn", "silu", "silu"), ("patch_size", [CELL, CELL], [CELL, CELL])):
-            found = config.get(key, default)
-            found = list(found) if isinstance(found, tuple) else found
-            if found != expected:
-                raise FormatError(f"{key} is not supported", path="vae/config.json", expected=expected, found=found)
-        values: dict[str, Any] = {}
-        for name in cls.__dataclass_fields__:
-            if config.get(name) is not None:
-                values[name] = tuple(config[name]) if isinstance(config[name], list) else config[name]
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `config.json` of this model, as diffusers writes and reads it."""
-        stages = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKLFlux2", "act_fn": "silu", "patch_size": [CELL, CELL],
-            "down_block_types": ["DownEncoderBlock2D"] * stages, "up_block_types": ["UpDecoderBlock2D"] * stages,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()},
-        }
 
 
 def patchify(z: Tensor) -> Tensor:
@@ -216,7 +174,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = (config.decoder_block_out_channels or config.block_out_channels)[::-1]
+        widths = config.decoder_widths[::-1]
         groups = config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
@@ -274,11 +232,11 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Picture pixels per latent pixel and side (8 for klein), before patchify."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return self.config.factor
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, C, H/8, W/8] of the latents of a picture [B, 3, H, W] in [-1, 1]."""
-        step = self.factor * CELL
+        step = self.config.token_side
         if image.shape[-2] % step or image.shape[-1] % step:
             raise UsageError(f"picture sides must be multiples of {step}, found {image.shape[-1]}x{image.shape[-2]}; "
                              "crop or resize it first")

@@ -14,93 +14,17 @@ so it compiles to one graph and trains under autocast.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linocut.errors import FormatError, UsageError
+from linocut.errors import UsageError
+from linocut.models.configs import Flux2Config
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each float32 [S, 1, K/2]: broadcast over heads
 FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True)
-class Flux2Config:
-    """Shape of the transformer, in diffusers' words. The defaults are FLUX.2 klein 4B."""
-
-    in_channels: int = 128
-    out_channels: int | None = None
-    num_layers: int = 5
-    num_single_layers: int = 20
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 7680
-    timestep_guidance_channels: int = 256
-    mlp_ratio: float = 3.0
-    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
-    rope_theta: int = 2000
-    eps: float = 1e-6
-
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def mlp_width(self) -> int:
-        return int(self.width * self.mlp_ratio)
-
-    @property
-    def velocity_channels(self) -> int:
-        return self.out_channels or self.in_channels
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Flux2Config:
-        """Read a diffusers `config.json`. Keys that do not shape the network are ignored; absent ones are an error.
-
-        Raises FormatError for a missing key, a value out of range, or a variant that this network is not.
-        """
-        for key, needed in (("patch_size", 1), ("guidance_embeds", False)):
-            if config.get(key, needed) != needed:
-                raise FormatError(f"unsupported FLUX.2 variant: {key}", expected=needed, found=config[key],
-                                  advice="only klein-class transformers are implemented")
-        optional = {"out_channels", "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta", "eps"}
-        values = {}
-        for field in fields(cls):
-            if field.name in config:
-                values[field.name] = config[field.name]
-            elif field.name not in optional:
-                raise FormatError(f"key {field.name!r} is missing in the transformer's config.json")
-        axes = values.get("axes_dims_rope", cls.axes_dims_rope)
-        try:
-            values["axes_dims_rope"] = tuple(axes)
-            result = cls(**values)
-            result._validate()
-        except TypeError as error:
-            raise FormatError(f"the transformer's config.json holds a value of a wrong type: {error}") from error
-        return result
-
-    def to_dict(self) -> dict[str, Any]:
-        """The diffusers `config.json` of this network."""
-        return {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "guidance_embeds": False,
-                **asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
-
-    def _validate(self) -> None:
-        integers = ("in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim",
-                    "timestep_guidance_channels", "num_layers", "num_single_layers")
-        for name in integers:
-            value, least = getattr(self, name), 0 if "layers" in name else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FormatError(f"transformer config: {name}", expected=f"an integer >= {least}", found=repr(value))
-        if sum(self.axes_dims_rope) != self.attention_head_dim or any(n % 2 for n in self.axes_dims_rope):
-            raise FormatError("transformer config: axes_dims_rope", found=self.axes_dims_rope,
-                              expected=f"even numbers that add up to attention_head_dim = {self.attention_head_dim}")
-        if self.timestep_guidance_channels % 2:
-            raise FormatError("transformer config: timestep_guidance_channels", expected="an even number",
-                              found=self.timestep_guidance_channels)
 
 
 # ------------------------------------------------------------------------------------------- positions and time

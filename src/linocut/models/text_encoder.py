@@ -9,15 +9,15 @@ Shape letters: B batch, T text tokens, D width, H query heads, G key/value heads
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linocut.errors import FormatError, UsageError
+from linocut.errors import UsageError
+from linocut.models.configs import Qwen3Config
 from linocut.models.prompt_tokenizer import PromptTokenizer
 
 __all__ = ["PromptTokenizer", "Qwen3Config", "Qwen3Encoder"]
@@ -25,60 +25,6 @@ __all__ = ["PromptTokenizer", "Qwen3Config", "Qwen3Encoder"]
 OnLayer = Callable[[int, int], None]
 
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Qwen3Config:
-    """Sizes of a Qwen3 model, named as in its `config.json`. The defaults are those of Qwen3-4B."""
-
-    vocab_size: int = 151936
-    hidden_size: int = 2560
-    intermediate_size: int = 9728
-    num_hidden_layers: int = 36
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise FormatError("query heads are not a multiple of key/value heads", path="text_encoder/config.json",
-                              expected=f"a multiple of {self.num_key_value_heads}", found=self.num_attention_heads)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Qwen3Config:
-        """Read a Hugging Face `config.json`, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
-
-        Raises FormatError for what this stack does not compute: another activation, biases, sliding windows,
-        stretched rotary positions.
-        """
-        where = "text_encoder/config.json"
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        for key, found, expected in (
-            ("model_type", config.get("model_type", "qwen3"), "qwen3"),
-            ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-            ("attention_bias", bool(config.get("attention_bias", False)), False),
-            ("use_sliding_window", bool(config.get("use_sliding_window", False)), False),
-            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ):
-            if found != expected:
-                raise FormatError(f"{key} is not supported", path=where, expected=expected, found=found)
-        values = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
-        # A file without rope_theta means transformers' default, not klein's value.
-        values["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
-        heads = values.get("num_attention_heads", cls.num_attention_heads)
-        values.setdefault("num_key_value_heads", heads if "num_attention_heads" in values else cls.num_key_value_heads)
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `config.json` of this model; transformers 4 and 5 both read it."""
-        return {
-            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-            "attention_bias": False, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}, **asdict(self),
-        }
 
 
 class RMSNorm(nn.Module):

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from linocut.formats.folder import ModelFolder
-from linocut.models.autoencoder import Autoencoder, AutoencoderConfig
+from linocut.models.autoencoder import Autoencoder
+from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.models.convert import build_and_load
-from linocut.models.flux2 import Flux2Config, Flux2Transformer
-from linocut.models.text_encoder import PromptTokenizer, Qwen3Config, Qwen3Encoder
+from linocut.models.flux2 import Flux2Transformer
+from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 
 
 class Components:
@@ -57,7 +58,8 @@ class Components:
         if "vae" in self._kept:
             return self._kept["vae"]  # type: ignore[return-value]
         # Without a stored preview map one is fitted by running the decoder, which then has to compute in float32.
-        return self._build("vae", cast=not self.folder.config("vae").get("preview"))  # type: ignore[return-value]
+        stored = AutoencoderConfig.from_dict(self.folder.config("vae")).preview
+        return self._build("vae", cast=not stored)  # type: ignore[return-value]
 
     def drop(self) -> None:
         """Forget every network that was kept."""

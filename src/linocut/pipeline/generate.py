@@ -17,6 +17,7 @@ import torch
 from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import dispatch
+from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.pipeline import memory
 from linocut.pipeline.components import Components
 from linocut.pipeline.png import Recipe
@@ -174,11 +175,15 @@ class Pipeline:
 
 def _check_model(folder: ModelFolder) -> None:
     """Raise FormatError if the three networks do not fit together, before any of them is loaded."""
-    transformer, text, vae = (folder.config(name) for name in ("transformer", "text_encoder", "vae"))
-    width = len(folder.settings["text_taps"]) * text.get("hidden_size", 0)
+    transformer = Flux2Config.from_dict(folder.config("transformer"))
+    text = Qwen3Config.from_dict(folder.config("text_encoder"))
+    vae = AutoencoderConfig.from_dict(folder.config("vae"))
+    channels = CELL * CELL * vae.latent_channels
     for what, expected, found in (
-            ("joint_attention_dim of the transformer", width, transformer.get("joint_attention_dim")),
-            ("in_channels of the transformer", 4 * vae.get("latent_channels", 0), transformer.get("in_channels"))):
+            ("joint_attention_dim of the transformer", len(folder.settings["text_taps"]) * text.hidden_size,
+             transformer.joint_attention_dim),
+            ("in_channels of the transformer", channels, transformer.in_channels),
+            ("out_channels of the transformer", channels, transformer.velocity_channels)):
         if expected != found:
             raise FormatError(f"{what} does not fit its neighbours", path=folder.root, expected=expected, found=found)
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linocut.errors import FormatError, UsageError
+from linocut.errors import UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
+from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 
 MB = 10**6
 BASE_BYTES = 330 * MB
@@ -118,6 +119,9 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
     if dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPE_BYTES)} (found {dtype!r})")
     settings = folder.settings
+    text = Qwen3Config.from_dict(folder.config("text_encoder"))
+    transformer = Flux2Config.from_dict(folder.config("transformer"))
+    vae = AutoencoderConfig.from_dict(folder.config("vae"))
     disk = {name: component_bytes(folder, name) for name in ("transformer", "text_encoder", "vae")}
     tokenizer = folder.path("tokenizer")
     disk["tokenizer"] = sum(file.stat().st_size for file in tokenizer.glob("*") if file.is_file())
@@ -125,12 +129,11 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
 
     size = DTYPE_BYTES[dtype]
     text_length = int(settings["text_length"])
-    image_tokens = (width // 16) * (height // 16)
-    features, encode_work = _encode_bytes(folder.config("text_encoder"), text_length,
-                                          len(settings["text_taps"]), size)
-    denoise_work, latents = _denoise_bytes(folder.config("transformer"), text_length, image_tokens, size)
-    tile = tile_for(folder.config("vae"), width, height)
-    decode_work = _decode_bytes(folder.config("vae"), width, height, tile, 4)  # the decoder runs in float32
+    image_tokens = (width // vae.token_side) * (height // vae.token_side)
+    features, encode_work = _encode_bytes(text, text_length, len(settings["text_taps"]), size)
+    denoise_work, latents = _denoise_bytes(transformer, text_length, image_tokens, size)
+    tile = tile_for(vae, width, height)
+    decode_work = _decode_bytes(vae, width, height, tile, 4)  # the decoder runs in float32
 
     weights = {}
     for name in ("text_encoder", "transformer", "vae"):
@@ -160,7 +163,7 @@ def component_bytes(folder: ModelFolder, name: str) -> int:
         return checkpoint.file_nbytes
 
 
-def tile_for(vae: dict[str, Any], width: int, height: int) -> int | None:
+def tile_for(vae: AutoencoderConfig, width: int, height: int) -> int | None:
     """Return the height in pixels of the strips that the decoder works in, or None to decode in one piece.
 
     Depends on the model and the size alone, not on the machine: the same recipe gives the same pixels.
@@ -209,42 +212,30 @@ def gigabytes(count: int) -> str:
 
 # ---- closed forms -------------------------------------------------------------------------------------------------
 
-def _number(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise FormatError(f"config.json lacks a usable {key!r}", expected="a whole number", found=value)
-    return value
-
-
-def _encode_bytes(config: dict[str, Any], tokens: int, taps: int, size: int) -> tuple[int, int]:
+def _encode_bytes(config: Qwen3Config, tokens: int, taps: int, size: int) -> tuple[int, int]:
     """Return (features that live on, work of one layer) of the text encoder."""
-    width, mlp = _number(config, "hidden_size"), _number(config, "intermediate_size")
-    heads = _number(config, "num_attention_heads")
-    head = _number(config, "head_dim", width // max(heads, 1))
-    kv = _number(config, "num_key_value_heads", heads)
+    width, mlp = config.hidden_size, config.intermediate_size
+    heads, kv, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     features = tokens * taps * width * size
     # Residual, normed, taps kept and their concatenation; q, k, v with rotated float32 copies; scores; the MLP.
     layer = tokens * (4 * width + 3 * heads * head + 4 * kv * head + 4 * mlp) + 2 * heads * tokens * tokens
     return features, features + layer * max(size, 4)
 
 
-def _denoise_bytes(config: dict[str, Any], text: int, image: int, size: int) -> tuple[int, int]:
+def _denoise_bytes(config: Flux2Config, text: int, image: int, size: int) -> tuple[int, int]:
     """Return (work of the largest block, latents of one picture)."""
-    width = _number(config, "num_attention_heads") * _number(config, "attention_head_dim")
-    mlp = int(width * float(config.get("mlp_ratio", 3.0)))
+    width, mlp = config.width, config.mlp_width
     tokens = text + image
     # A single-stream block holds the residual, its modulated copy, the fused projection (3D + 2M), attention's
     # output (D), the gated MLP (2M) and their concatenation; rotated float32 copies of q and k live before that.
     block = tokens * max((8 * width + 4 * mlp) * size, (7 * width + 2 * mlp) * size + 5 * width * 4)
-    latents = image * _number(config, "in_channels") * 4
+    latents = image * config.in_channels * 4
     return block + 6 * latents, latents
 
 
-def _decode_bytes(config: dict[str, Any], width: int, height: int, tile: int | None, size: int) -> int:
+def _decode_bytes(config: AutoencoderConfig, width: int, height: int, tile: int | None, size: int) -> int:
     """Return the work of the decoder: its widest layers at full resolution."""
-    channels = config.get("decoder_block_out_channels") or config.get("block_out_channels")
-    if not isinstance(channels, list) or not channels:
-        raise FormatError("the VAE's config.json lacks 'block_out_channels'", expected="a list", found=channels)
+    channels = config.decoder_widths
     narrow, wide = channels[0], channels[min(1, len(channels) - 1)]
     area = width * height
     if tile is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from linocut import __version__
 from linocut.errors import Cancelled, UsageError
 from linocut.models.autoencoder import ResnetBlock
+from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
 from linocut.models.prompt_tokenizer import TEMPLATE, PromptTokenizer
 from linocut.pipeline.measure import Meter
@@ -107,9 +108,8 @@ class Run:
         self.cancelled = cancel.is_set if isinstance(cancel, threading.Event) else cancel
         self.meter = Meter()
         self._preview_vae: Autoencoder | None = None
-        # Pixels per token and side: each stage of the decoder but one doubles, and a token is 2x2 latent pixels.
-        cell = 2 ** len(pipe.folder.config("vae")["block_out_channels"])
-        self.grid = (request.height // cell, request.width // cell)
+        side = AutoencoderConfig.from_dict(pipe.folder.config("vae")).token_side
+        self.grid = (request.height // side, request.width // side)
 
     def pictures(self) -> Iterator[Picture]:
         """Yield the pictures in order, each as soon as it is ready."""
