@@ -263,7 +263,7 @@ def test_exact_refuses_what_float16_cannot_hold():
     values = np.ones((1, 256), np.int8)
     pack(values, np.array([[0.5, 65504.0]]), "binary", exact=True)
     for bad in (0.1, 65536.0, 2.0**-26):
-        with pytest.raises(FormatError, match=r"row 0, group 1.*--lossy"):
+        with pytest.raises(FormatError, match=r"row 0, group 1.*exact=True"):
             pack(values, np.array([[0.5, bad]]), "binary", exact=True)
 
 

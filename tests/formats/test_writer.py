@@ -154,7 +154,9 @@ def test_resume_begins_anew_for_another_plan(tmp_path, plan):
     half_written(path)
     with CheckpointWriter(path, plan, resume=True) as writer:
         assert not writer.done("a")
-        writer.abandon()
+        for name, dtype, shape in plan:
+            writer.write(name, np.ones(shape, np.float32 if dtype == "F32" else np.int32))
+    assert Checkpoint.open(path).verify() == len(plan)
 
 
 def test_resume_survives_a_broken_journal(tmp_path):
@@ -167,8 +169,11 @@ def test_resume_survives_a_broken_journal(tmp_path):
         with CheckpointWriter(path, PLAN, resume=True) as writer:
             assert writer.done("a") == (junk is None)
             assert not writer.done("b")
-            writer.abandon()
-        assert not list(tmp_path.iterdir())
+            for name in writer.missing:
+                writer.write(name, np.ones(10, np.float32))
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+        assert Checkpoint.open(path).verify() == 2
+        path.unlink()
 
 
 def test_resume_survives_two_interruptions(tmp_path):

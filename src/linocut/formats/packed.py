@@ -225,7 +225,7 @@ def _check_exact(scales: np.ndarray) -> None:
     if lossy.any():
         row, group = np.argwhere(lossy)[0]
         raise FormatError(f"scale of row {row}, group {group} does not fit float16", expected="an exact float16 value",
-                          found=repr(float(scales[row, group])), advice="--lossy rounds it to the nearest one")
+                          found=repr(float(scales[row, group])), advice="without exact=True it is rounded")
 
 
 def _pack_binary(values: np.ndarray, codes: Bytes) -> None:

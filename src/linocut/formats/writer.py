@@ -296,10 +296,6 @@ class CheckpointWriter:
             self.journal.unlink()
         _sync_folder(self.path.parent)
 
-    def abandon(self) -> None:
-        """Stop and remove the partial file and its journal; an older file at `path` stays as it was."""
-        self._release(remove=True)
-
     def _release(self, remove: bool) -> None:
         if self._log is not None:
             with contextlib.suppress(OSError):

@@ -136,11 +136,6 @@ class Qwen3Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
         self.register_load_state_dict_pre_hook(_rename_state)
 
-    @property
-    def feature_width(self) -> int:
-        """Width of the features: one hidden state per tap."""
-        return len(self.taps) * self.config.hidden_size
-
     def rename_key(self, name: str) -> str | None:
         """The parameter that a tensor of a Qwen3 checkpoint belongs to, or None if this encoder has no use for it."""
         name = name.removeprefix("model.")
