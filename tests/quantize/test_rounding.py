@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linocut.errors import FormatError, UsageError
-from linocut.formats.packed import ENCODINGS, dequantize, unpack
+from linocut.formats.packed import ENCODINGS, MAX_SCALE, MIN_SCALE, dequantize, unpack
 from linocut.quantize.rounding import (
-    SCALE_MAX,
-    SCALE_MIN,
     fake_quantize,
     quantize_affine4,
     quantize_binary,
@@ -48,7 +46,7 @@ def test_round_scale_equals_fp16_rounding_everywhere():
     middles = (halves[:-1] + halves[1:]) / 2
     near = torch.cat([torch.nextafter(middles, torch.tensor(0.0)), torch.nextafter(middles, torch.tensor(1e9))])
     values = torch.cat([halves, middles, near, torch.tensor([0.0, 1e-12, 7e4, 3e38])])
-    assert torch.equal(round_scale(values), values.clamp(SCALE_MIN, SCALE_MAX).half().float())
+    assert torch.equal(round_scale(values), values.clamp(MIN_SCALE, MAX_SCALE).half().float())
 
 
 @given(seeds)
@@ -57,7 +55,7 @@ def test_binary_is_sign_times_mean(seed):
     w = random_weights(seed)
     values, scales = quantize_binary(w)
     assert torch.equal(values, torch.where(w >= 0, 1, -1).to(torch.int8))
-    expected = w.double().abs().view(3, 2, 128).mean(-1).clamp(SCALE_MIN, SCALE_MAX)
+    expected = w.double().abs().view(3, 2, 128).mean(-1).clamp(MIN_SCALE, MAX_SCALE)
     torch.testing.assert_close(scales.double(), expected, rtol=2**-11 + 1e-6, atol=2**-25)
 
 
@@ -132,12 +130,12 @@ def test_absent_values_follow_the_format():
     for encoding in ENCODINGS:
         for method in ("exact", "tied"):
             packed = quantize_tensor(w, encoding, method)
-            assert (packed.scales.astype(np.float32) == SCALE_MIN).all()
+            assert (packed.scales.astype(np.float32) == MIN_SCALE).all()
             assert (unpack(packed) == (1 if encoding == "binary" else 0)).all()
     tiny = torch.full((1, 128), 1e-9)
     assert (unpack(quantize_tensor(tiny, "ternary")) == 0).all(), "nearer to zero than to the smallest scale"
     huge = torch.full((1, 128), 1e6)
-    assert (dequantize(quantize_tensor(huge, "ternary")) == SCALE_MAX).all()
+    assert (dequantize(quantize_tensor(huge, "ternary")) == MAX_SCALE).all()
 
 
 def test_affine4_codes_are_in_range_and_zero_is_exact():

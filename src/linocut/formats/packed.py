@@ -23,7 +23,8 @@ from linocut.errors import FormatError
 __all__ = [
     "AFFINE_GROUP_SIZE", "BLOCK", "ENCODINGS", "GROUP_SIZE", "MAX_SCALE", "MIN_SCALE", "PackedTensor",
     "bits_per_weight", "check_encoding", "decode_rows", "dequantize", "group_size", "groups", "layout", "pack",
-    "round_scales", "row_bytes", "ternary_blocks", "unpack", "unpack_rows", "unpack_zeros", "validate_values",
+    "packed_nbytes", "round_scales", "row_bytes", "ternary_blocks", "unpack", "unpack_rows", "unpack_zeros",
+    "validate_values",
 ]
 
 GROUP_SIZE = 128
@@ -106,6 +107,11 @@ def layout(encoding: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[
     return parts
 
 
+def packed_nbytes(encoding: str, shape: tuple[int, int]) -> int:
+    """Stored bytes of one packed weight: codes, scales and zeros."""
+    return sum(rows * columns * (2 if dtype == "F16" else 1) for _, dtype, (rows, columns) in layout(encoding, shape))
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """One packed weight. Arrays may be views of a memory map. The constructor checks dtypes and shapes, not values."""
@@ -136,7 +142,7 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         """Stored bytes: codes, scales and zeros."""
-        return sum(array.nbytes for array in self.parts().values())
+        return packed_nbytes(self.encoding, self.shape)
 
 
 def _row_chunks(o: int, n: int) -> Iterator[slice]:

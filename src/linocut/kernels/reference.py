@@ -14,12 +14,11 @@ Layouts in one glance (N in-features):
 import torch
 from torch import Tensor
 
-from linocut.formats.packed import AFFINE_GROUP_SIZE, GROUP_SIZE
+from linocut.formats.packed import AFFINE_GROUP_SIZE, BLOCK, GROUP_SIZE
 from linocut.kernels.blocked import blocked_linear
 from linocut.kernels.problem import FLOAT_DTYPES, PackedWeight, Problem
 
-_BLOCK_WEIGHTS = 640
-_BLOCK_BYTES = 128
+_BLOCK_BYTES = BLOCK // 5
 _DECODE_WEIGHTS = 1 << 18
 """Weights decoded at a time: their temporaries (some 2 MB) stay in a CPU's cache."""
 
@@ -33,13 +32,13 @@ def binary_values(codes: Tensor, n: int) -> Tensor:
 
 def ternary_values(codes: Tensor, n: int) -> Tensor:
     """int8 [O, N] of -1, 0 and +1 from ternary codes. Any byte decodes to digits 0..2, the invalid ones too."""
-    rows, full = codes.shape[0], n // _BLOCK_WEIGHTS
+    rows, full = codes.shape[0], n // BLOCK
     parts = []
     if full:
         blocks = codes[:, : full * _BLOCK_BYTES].reshape(rows, full, _BLOCK_BYTES)
-        parts.append(_digits(blocks).reshape(rows, full * _BLOCK_WEIGHTS))
-    if n % _BLOCK_WEIGHTS:
-        parts.append(_digits(codes[:, full * _BLOCK_BYTES :]).flatten(1)[:, : n % _BLOCK_WEIGHTS])
+        parts.append(_digits(blocks).reshape(rows, full * BLOCK))
+    if n % BLOCK:
+        parts.append(_digits(codes[:, full * _BLOCK_BYTES :]).flatten(1)[:, : n % BLOCK])
     return torch.cat(parts, dim=1) - 1
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from linocut.errors import UsageError
 from linocut.formats.checkpoint import CheckpointWriter, atomic_write_bytes
-from linocut.formats.packed import PackedTensor, groups, layout, pack, row_bytes
+from linocut.formats.packed import PackedTensor, groups, pack, packed_nbytes, row_bytes
 from linocut.models.autoencoder import Autoencoder, AutoencoderConfig
 from linocut.models.flux2 import Flux2Config, Flux2Transformer
 from linocut.models.text_encoder import Qwen3Config, Qwen3Encoder
@@ -160,7 +160,7 @@ class _Weights:
     def nbytes(self) -> int:
         dense = sum(8 if name.endswith("num_batches_tracked") else 2 * int(np.prod(shape))
                     for name, shape in self.dense.items())
-        return dense + sum(_packed_bytes(encoding, shape) for encoding, shape in self.packed.values())
+        return dense + sum(packed_nbytes(encoding, shape) for encoding, shape in self.packed.values())
 
     def write(self) -> Iterator[tuple[str, int]]:
         """Write config and weights, yielding (name, bytes) after each tensor."""
@@ -188,10 +188,6 @@ class _Weights:
 def _meta(network: Callable[..., nn.Module], config: Any, **arguments: Any) -> nn.Module:
     with torch.device("meta"):
         return network(config, **arguments)
-
-
-def _packed_bytes(encoding: str, shape: tuple[int, int]) -> int:
-    return sum(int(np.prod(size)) * (2 if dtype == "F16" else 1) for _, dtype, size in layout(encoding, shape))
 
 
 def _random_packed(rng: np.random.Generator, encoding: str, shape: tuple[int, int]) -> PackedTensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from linocut.errors import FormatError, UsageError
-from linocut.formats.packed import GROUP_SIZE
-from linocut.quantize.rounding import SCALE_MAX, SCALE_MIN, quantize_binary, quantize_ternary, round_scale
+from linocut.formats.packed import GROUP_SIZE, MAX_SCALE, MIN_SCALE
+from linocut.quantize.rounding import quantize_binary, quantize_ternary, round_scale
 
 
 def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
@@ -70,7 +70,7 @@ def refit_scales(w: Tensor, h: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     left = left + ridge[:, None, None] * torch.eye(count, device=w.device)
     scales = torch.linalg.solve(left, right[..., None]).squeeze(-1)
     flipped = torch.where(scales[..., None] < 0, -grouped, grouped).view(outputs, inputs)
-    return flipped, round_scale(scales.abs().clamp(SCALE_MIN, SCALE_MAX))
+    return flipped, round_scale(scales.abs().clamp(MIN_SCALE, MAX_SCALE))
 
 
 def _propagate(w: Tensor, h: Tensor, encoding: str) -> tuple[Tensor, Tensor]:

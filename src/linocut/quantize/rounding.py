@@ -23,10 +23,17 @@ import torch
 from torch import Tensor
 
 from linocut.errors import FormatError, UsageError
-from linocut.formats.packed import AFFINE_GROUP_SIZE, ENCODINGS, GROUP_SIZE, PackedTensor, dequantize, pack
+from linocut.formats.packed import (
+    AFFINE_GROUP_SIZE,
+    ENCODINGS,
+    GROUP_SIZE,
+    MAX_SCALE,
+    MIN_SCALE,
+    PackedTensor,
+    dequantize,
+    pack,
+)
 
-SCALE_MIN = 2.0**-24
-SCALE_MAX = 65504.0
 TERNARY_THRESHOLD = 0.75
 METHODS = ("exact", "tied")
 # Fractions of a group's range that the affine4 search tries; clipping the tails often lowers the squared error.
@@ -41,7 +48,7 @@ def round_scale(scale: Tensor) -> Tensor:
     Done in float32 and int32 arithmetic: compilers are free to drop a float32 -> float16 -> float32 round trip, and
     then a compiled training step would see other scales than the exported file holds.
     """
-    scale = scale.clamp(SCALE_MIN, SCALE_MAX)
+    scale = scale.clamp(MIN_SCALE, MAX_SCALE)
     bits = scale.view(torch.int32)
     normal = ((bits + (0xFFF + ((bits >> 13) & 1))) & -0x2000).view(torch.float32)
     subnormal = (scale + 0.5) - 0.5  # in [0.5, 1) float32 has the step 2^-24 of FP16's subnormals

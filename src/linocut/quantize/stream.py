@@ -25,7 +25,7 @@ from torch import Tensor
 from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import CheckpointWriter, atomic_write_bytes
 from linocut.formats.header import FORMAT_VERSION
-from linocut.formats.packed import GROUP_SIZE, PackedTensor, layout
+from linocut.formats.packed import GROUP_SIZE, PackedTensor, layout, packed_nbytes
 from linocut.quantize.policy import DENSE, Policy
 from linocut.quantize.rounding import quantize_tensor, squared_error
 from linocut.quantize.source import Reader, Source, open_source, text_encoder_names
@@ -150,7 +150,7 @@ class _Job:
 
     @property
     def nbytes(self) -> int:
-        return (sum(_packed_nbytes(*entry) for entry in self.packed.values())
+        return (sum(packed_nbytes(*entry) for entry in self.packed.values())
                 + sum(self.reader.info(self.targets[name]).nbytes for name, _, _ in self.dense))
 
     @property
@@ -293,10 +293,6 @@ def _write_dense(job: _Job, name: str, stored: str, writer: CheckpointWriter, _:
 def _tensor(array: np.ndarray, dtype: str) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
-
-
-def _packed_nbytes(encoding: str, shape: tuple[int, int]) -> int:
-    return sum(int(np.prod(size)) * (2 if dtype == "F16" else 1) for _, dtype, size in layout(encoding, shape))
 
 
 def _read_log(path: Path) -> dict[str, TensorReport]:
