@@ -1,7 +1,7 @@
 """Exceptions of linocut. Each message says what was expected, what was found and what to do.
 
 All derive from `LinocutError`; the command line prints one of them as a single line and exits with code 2.
-They also derive from the built-in that a Python caller would expect.
+All but `Cancelled` also derive from the built-in that a Python caller would expect.
 """
 
 
