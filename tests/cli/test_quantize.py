@@ -90,6 +90,21 @@ def test_signals_leave_nothing_and_the_next_run_resumes(tmp_path, kind):
         checkpoint.verify()
 
 
+def test_a_temporary_benchmark_model_does_not_outlive_sigterm(tmp_path):
+    script = ("import sys, time\nfrom linocut.cli import main\nfrom linocut.models import synthetic\n"
+              "def never_ending(folder, *rest):\n    (folder / 'begun').touch()\n    time.sleep(60)\n"
+              "synthetic.write_synthetic = never_ending\nmain(['bench', '--synthetic', 'klein-4b'])")
+    environment = os.environ | {"PYTHONPATH": str(Path(synthetic.__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("linocut-bench-*/begun")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert not list(tmp_path.glob("linocut-bench-*"))
+
+
 def test_bench_makes_draws_and_measures(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(synthetic.KNOWN, "klein-4b", TINY)
     code, out, err = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "m", "--encoding", "both",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from linocut.cli._progress import Bar
+from linocut.cli._signals import sigterm_interrupts
 from linocut.cli.generate import Size
 
 
@@ -51,7 +52,8 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
         if not set(PARTS) <= set(chosen):
             raise UsageError(f"drawing needs all parts ({', '.join(PARTS)}); leave --parts out, or add --make-only")
     measured: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="linocut-bench-") as temporary:
+    # A temporary model weighs gigabytes; SIGTERM may not leave it behind.
+    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="linocut-bench-") as temporary:
         root = out or Path(temporary)
         encodings = [source] if source else ["ternary", "binary"] if encoding == "both" else [encoding]
         folders = [root / name if len(encodings) > 1 else root for name in encodings]

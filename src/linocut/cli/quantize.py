@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from linocut.cli._progress import Bar
+from linocut.cli._signals import sigterm_interrupts
 
 if TYPE_CHECKING:
     from linocut.quantize.stream import Report
@@ -45,27 +44,20 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     if policy_file is None and encoding is None:
         raise UsageError("say --encoding ternary or --encoding binary, or pass a --policy file")
     policy = None if policy_file is None else Policy.from_file(policy_file, encoding)
-    previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        with Bar("quantizing") as bar:
+        with sigterm_interrupts(), Bar("quantizing") as bar:
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
                                      bar.update)
     except KeyboardInterrupt:
         click.echo(f"stopped; nothing was written at {destination}, the same command goes on where it stopped",
                    err=True)
         click.get_current_context().exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     if as_json:
         import json
 
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
         _print_report(report)
-
-
-def _stop(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _print_report(report: Report) -> None:
