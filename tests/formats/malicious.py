@@ -157,6 +157,9 @@ def structure_cases() -> list[Case]:
         ("not-utf8", raw_file(b'{"\xff":1}'), ("UTF-8", "0xff")),
         ("trailing-junk", raw_file(b"{} {}"), ("JSON",)),
         ("deep-nesting", raw_file(b'{"a":' + deep), ("JSON",)),
+        ("many-lists", raw_file(b'{"a":[' + b"[]," * 1_500_000 + b"[]]}"), ("too many parts", "at most 3000000")),
+        ("many-tensors", raw_file(b"{" + b",".join(b'"%x":{}' % i for i in range(250_001)) + b"}"),
+         ("too many tensors", "250001")),
         ("endless-number", raw_file(b'{"a":' + b"9" * 10_000 + b"}"), ("JSON",)),
         ("nan-token", raw_file(b'{"w":NaN}'), ("JSON", "NaN")),
         ("duplicate-names", raw_file(b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'

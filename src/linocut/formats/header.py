@@ -22,6 +22,7 @@ __all__ = ["DATA_ALIGNMENT", "DTYPES", "FORMAT_VERSION", "HEADER_CAP", "PackedEn
 
 FORMAT_VERSION = 1
 HEADER_CAP = 100_000_000  # bytes of JSON; the limit that the safetensors project sets
+TENSOR_CAP = 250_000
 DATA_ALIGNMENT = 64
 # bits per element; F4 and F6 exist in newer files and may only be described, not read
 DTYPES = {
@@ -30,6 +31,9 @@ DTYPES = {
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }
 _MAX_DIMS = 32
+# Objects, lists and commas in one JSON text: 12 for each of the most tensors. Parsing one takes up to some 200 bytes of
+# memory, so without a cap a header of 100 MB could take gigabytes.
+_MAX_PIECES = 12 * TENSOR_CAP
 _LIMIT = 2**63
 _SHA = re.compile(r"[0-9a-f]{64}")
 
@@ -73,7 +77,7 @@ class Header:
 
 
 def strict_json(data: bytes | str, path: object, what: str) -> Any:
-    """Parse JSON as UTF-8, refusing duplicate keys, NaN, and nesting or numbers made to exhaust the parser."""
+    """Parse JSON as UTF-8, refusing duplicate keys, NaN, and nesting, numbers or counts made to exhaust the parser."""
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -88,6 +92,10 @@ def strict_json(data: bytes | str, path: object, what: str) -> Any:
 
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
+        pieces = sum(map(text.count, "{[,"))
+        if pieces > _MAX_PIECES:
+            raise FormatError(f"{what} has too many parts", path=path,
+                              expected=f"at most {_MAX_PIECES} braces, brackets and commas", found=pieces)
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except FormatError:
         raise
@@ -140,6 +148,8 @@ def parse_header(data: bytes, file_size: int, path: object) -> Header:
     raw = strict_json(data, path, "header")
     metadata = _metadata(raw.pop("__metadata__", {}), path)
     base = 8 + len(data)
+    if len(raw) > TENSOR_CAP:
+        raise _fail("header names too many tensors", path, expected=f"at most {TENSOR_CAP}", found=len(raw))
     tensors = {name: _tensor(name, entry, base, path) for name, entry in raw.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     position = base
