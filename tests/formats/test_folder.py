@@ -128,8 +128,18 @@ def test_a_hub_id_in_the_local_cache(tmp_path):
     found = run_hub("org/tiny", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert found.startswith("org/tiny 2 4 ")
     missing = run_hub("org/absent", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert missing.startswith("ModelNotFoundError no model 'org/absent' in the local cache")
+    assert missing.startswith("ModelNotFoundError no model 'org/absent': offline (HF_HUB_OFFLINE is set) and not in "
+                              "the cache; possible are")
     assert "\n" not in missing
+    unreachable = run_hub("org/absent", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9",
+                          NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    assert "'org/absent': offline (the hub cannot be reached) and not in the cache; possible are" in unreachable
+
+
+def test_a_long_failure_is_cut_between_words():
+    text = folder_module._hub_failure(RuntimeError("word " * 100))
+    assert text.startswith("not in the cache, and it could not be fetched (RuntimeError: word word")
+    assert text.endswith(" word ...)")
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):

@@ -174,10 +174,31 @@ def _from_hub(name: str) -> Path:
     try:
         root = snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
     except Exception as error:  # the library's errors differ between versions; all mean that the model is not here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ModelNotFoundError(f"no model {name!r} in the local cache, and it could not be fetched "
-                                 f"({type(error).__name__}: {reason}); {_possible()}") from error
+        raise ModelNotFoundError(f"no model {name!r}: {_hub_failure(error)}; {_possible()}") from error
     if not (Path(root) / "model_index.json").is_file():
         raise ModelNotFoundError(f"hub repository {name!r} holds no model_index.json, so it is no model; "
                                  f"{_possible()}")
     return Path(root)
+
+
+# By name, since versions of the library keep them in different places; the first that fits, special before general.
+_HUB_FAILURES = {
+    "GatedRepoError": "its authors ask you to accept their terms on the hub first, then log in with 'hf auth login'",
+    "RepositoryNotFoundError": "the hub has no such repository, or it is private and you are not logged in",
+    "RevisionNotFoundError": "the hub's repository has no such revision",
+    "IncompleteSnapshotError": "offline, and only a part of it is in the cache",
+    "OfflineModeIsEnabled": "offline (HF_HUB_OFFLINE is set) and not in the cache",
+    "LocalEntryNotFoundError": "offline (the hub cannot be reached) and not in the cache",
+}
+
+
+def _hub_failure(error: Exception) -> str:
+    """Why the hub gave no model, in a few words."""
+    kinds = {kind.__name__ for kind in (*type(error).__mro__, *type(error.__cause__).__mro__)}
+    for kind, reason in _HUB_FAILURES.items():
+        if kind in kinds:
+            return reason
+    text = " ".join(str(error).split())
+    if len(text) > 160:
+        text = text[:160].rpartition(" ")[0] + " ..."
+    return f"not in the cache, and it could not be fetched ({type(error).__name__}{': ' if text else ''}{text})"
