@@ -64,7 +64,8 @@ def model_index(recipe: Recipe) -> dict[str, object]:
             "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
             "linocut": {"name": recipe.name,
                         "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
-                        "default_size": [recipe.data.size, recipe.data.size], "default_steps": recipe.path.grid}}
+                        "default_size": [recipe.data.size, recipe.data.size],
+                        "default_steps": recipe.default_steps or recipe.path.grid}}
 
 
 def write_json(path: Path, value: object) -> None:

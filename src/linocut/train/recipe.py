@@ -109,6 +109,7 @@ class Recipe:
     ternary: QatSettings = field(default_factory=QatSettings)
     binary: QatSettings = field(default_factory=QatSettings)
     held_out: tuple[str, ...] = ()
+    default_steps: int | None = None  # what the exported model draws in unless told otherwise; None: path.grid
 
     @classmethod
     def from_file(cls, path: Path) -> Recipe:
@@ -130,6 +131,7 @@ class Recipe:
                          if line.strip() and not line.startswith("#"))
         recipe = cls(
             name=table["name"], text_taps=tuple(table["text_taps"]), held_out=held_out,
+            default_steps=table.get("default_steps"),
             transformer=Flux2Config.from_dict(table["transformer"]),
             text_encoder=Qwen3Config.from_dict(table["text_encoder"]),
             autoencoder=AutoencoderConfig.from_dict(table["autoencoder"]),
