@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from linocut.train.recipe import Recipe
 
 WIDTH = 1600  # pixels of a sheet
-MAX_BYTES = 1_500_000  # larger sheets are stored with fewer colours
+MAX_BYTES = 4_000_000  # larger sheets are stored with fewer colours
 MARGIN, GAP, BORDER = 16, 22, 3
 GRID_COLUMNS, GRID_BORDER = 8, 2  # of the grids that the training stages leave in the run folder
 INK, FAINT, PAPER = (20, 20, 24), (120, 120, 128), (255, 255, 255)
