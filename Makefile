@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= two red apples and a blue cup
 MODEL ?= embedded
-SEED ?= 1
+SEED ?= 2
 OUT ?= demo.png
 PYTEST_ARGS ?=
 
