@@ -4,7 +4,9 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,13 +293,24 @@ def test_names_with_control_characters_are_quoted(tmp_path):
     assert "\x1b" not in str(caught.value)
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(packed_file())
-    path.chmod(0)
-    with pytest.raises(FormatError, match="cannot be read"):
-        Checkpoint.open(path)
+@pytest.fixture
+def ordinary_user():
+    """Root may read everything, so the test goes on as `nobody`."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions as POSIX has them")
+def test_unreadable_file(ordinary_user):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        path = Path(folder) / "x.safetensors"
+        path.write_bytes(packed_file())
+        path.chmod(0)
+        with pytest.raises(FormatError, match="cannot be read"):
+            Checkpoint.open(path)
 
 
 def test_fingerprint_follows_the_weights(tmp_path):
