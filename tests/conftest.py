@@ -1,8 +1,17 @@
 """Fixtures that several folders of tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_prompt_cache() -> Iterator[None]:
+    """Tests neither use nor touch the user's prompt cache; one that wants a cache sets both variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINOCUT_PROMPT_CACHE", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def test_report_names_every_choice_and_its_reason(quick):
     done = run()
     assert done.exit_code == 0, done.output
     for word in ("processor", "memory", "torch", "threads", "C++ module", "native", "reference", "generic",
-                 "LINOCUT_KERNEL=generic", "M=20", "error", "chosen"):
+                 "LINOCUT_KERNEL=generic", "M=20", "error", "chosen", "prompt cache"):
         assert word in done.output
 
 
@@ -44,6 +44,19 @@ def test_json_is_one_object(quick):
     choice = report["kernels"][0]
     assert choice["chosen"] == next(each["name"] for each in choice["candidates"] if each["why_not"] is None)
     assert report["machine"]["memory_bytes"] > 0
+
+
+def test_the_prompt_cache_is_shown_with_place_and_size(quick, tmp_path, monkeypatch):
+    assert "off: LINOCUT_PROMPT_CACHE=0" in run("--brief").output
+    monkeypatch.setenv("LINOCUT_PROMPT_CACHE", "3")
+    monkeypatch.setenv("LINOCUT_CACHE", str(tmp_path))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "x.safetensors").write_bytes(b"0" * 1_200_000)
+    output = run("--brief").output
+    assert str(tmp_path / "prompts") in output
+    assert "1, 1.2 MB of at most 3 MB" in output
+    monkeypatch.setenv("LINOCUT_CACHE", str(tmp_path / "prompts" / "x.safetensors"))
+    assert "is not a folder" in run("--brief").output
 
 
 def test_a_wrong_kernel_fails_with_its_error(quick, monkeypatch):

@@ -11,7 +11,7 @@ from tiny_model import TEXT_LENGTH, TRANSFORMER, write_tiny_model
 import linocut
 from linocut.errors import Cancelled, FormatError, ModelNotFoundError, UsageError
 from linocut.pipeline.generate import Pipeline
-from linocut.pipeline.run import Progress, cut_off
+from linocut.pipeline.run import Progress
 
 PROMPT = "a red apple"
 
@@ -154,14 +154,15 @@ def test_a_long_prompt_is_cut_with_a_warning_that_quotes_the_loss(pipe: Pipeline
     with pytest.warns(UserWarning, match=r"and this model reads 40; cut off: .*and the very end"):
         result = pipe(long, num_inference_steps=1)
     assert len(result.warnings) == 1
-    assert cut_off(pipe.components.tokenizer, PROMPT) is None
+    assert pipe(PROMPT, num_inference_steps=1).warnings == []
 
 
 def test_what_is_quoted_and_what_is_kept_make_the_prompt(pipe: Pipeline) -> None:
     tokenizer = pipe.components.tokenizer
     words = [f"w{i}" for i in range(30)]
-    note = cut_off(tokenizer, " ".join(words))
-    assert note is not None
+    with pytest.warns(UserWarning, match="cut off") as noted:
+        pipe(" ".join(words), num_inference_steps=1)
+    note = str(noted[0].message)
     lost = note.partition("cut off: ")[2].strip("'").split()
     assert lost == words[-len(lost):] or lost[1:] == words[-len(lost) + 1:]
     ids, _ = tokenizer.encode([" ".join(words)])

@@ -177,6 +177,20 @@ def kernel_checks(on_check: Callable[[Facts], None] = lambda facts: None) -> lis
     return results
 
 
+def prompt_cache() -> Facts:
+    """Where text features are kept between runs, how many and how large they are, or why there are none."""
+    from linocut.errors import UsageError
+    from linocut.pipeline import embeddings
+
+    try:
+        place = embeddings.place()
+    except UsageError as error:
+        return {"folder": None, "entries": 0, "bytes": 0, "limit_bytes": 0, "why_not": str(error)}
+    entries = place.entries()
+    return {"folder": str(place.folder), "entries": len(entries), "limit_bytes": place.limit,
+            "bytes": sum(facts.st_size for _, facts in entries), "why_not": place.why_not or place.unwritable()}
+
+
 def models(verify: bool) -> list[Facts]:
     """The models inside the package: size and, if asked, SHA-256 and values of every tensor. Numpy only."""
     from linocut.errors import LinocutError, ModelNotFoundError

@@ -38,6 +38,7 @@ def command(context: click.Context, brief: bool, as_json: bool) -> None:
         console.print("\n[bold]kernels against the reference[/bold]")
         report["checks"] = diagnosis.kernel_checks(lambda facts: _show_check(console, facts))
     report["models"] = diagnosis.models(verify=not brief)
+    report["prompt_cache"] = diagnosis.prompt_cache()
     _show_models(console, report)
     problems = _problems(report)
     report |= {"problems": problems, "ok": not problems}
@@ -132,6 +133,11 @@ def _show_models(console: "Console", report: "Facts") -> None:
     for each in report["models"]:
         size = f"{each['bytes'] / 1e6:.1f} MB, weights {each['hash']}: " if each["ok"] else ""
         _line(console, each["name"], size + each["detail"])
+    console.print("\n[bold]prompt cache[/bold]")
+    cache = report["prompt_cache"]
+    _line(console, "place", cache["folder"] or "none")
+    _line(console, "prompts", f"{cache['entries']}, {cache['bytes'] / 1e6:.1f} MB of at most "
+          f"{cache['limit_bytes'] / 1e6:.0f} MB" if not cache["why_not"] else f"off: {cache['why_not']}")
 
 
 def _problems(report: "Facts") -> list[str]:

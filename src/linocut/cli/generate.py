@@ -62,6 +62,7 @@ class Size(click.ParamType):
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="CPU threads.")
+@click.option("--no-prompt-cache", is_flag=True, help="Neither use nor keep what the text encoder makes of prompts.")
 @click.option("--from-image", metavar="PNG", help="Draw the picture in this PNG again, from the recipe inside it.")
 @click.option("--preview-dir", metavar="DIR", help="Also write the predicted clean picture after each step here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
@@ -213,7 +214,8 @@ class Job:
             display.phase("starting")
             from linocut.pipeline.generate import Pipeline
 
-            pipe = Pipeline(folder, dtype=self.dtype, threads=self.options["threads"])
+            pipe = Pipeline(folder, dtype=self.dtype, threads=self.options["threads"],
+                            prompt_cache=not self.options["no_prompt_cache"])
             written = []
             # The jobs are spelled out already (random seeds included), so they are handed on as they are.
             for picture in pipe.draw_request(request, callback_on_step_end=self._preview_writer(request, display),

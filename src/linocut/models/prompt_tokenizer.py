@@ -60,6 +60,12 @@ class PromptTokenizer:
         encoding = self.tokenizer.encode(TEMPLATE.format(prompt=prompt))
         return sum(sum(part.attention_mask) for part in (encoding, *encoding.overflowing))
 
+    def kept(self, prompt: str) -> int:
+        """Characters of the prompt that are read; fewer than it has if its end is cut off."""
+        encoding = self.tokenizer.encode(TEMPLATE.format(prompt=prompt))
+        end = max((end for _, end in encoding.offsets), default=0)
+        return min(max(0, end - len(TEMPLATE.partition("{prompt}")[0])), len(prompt))
+
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask), LongTensors [B, length]; the mask is 1 for text and 0 for padding.
 

@@ -6,7 +6,9 @@
 Components live one after another: prompts are encoded, latents denoised, pictures decoded (`linocut.pipeline.run`).
 """
 
+import math
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linocut import __version__
 from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import dispatch
 from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
-from linocut.pipeline import memory
+from linocut.pipeline import embeddings, memory
 from linocut.pipeline.components import Components
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Request, make_request
@@ -60,7 +63,8 @@ class Pipeline:
     """
 
     def __init__(self, folder: ModelFolder, *, dtype: str | torch.dtype = "float32", threads: int | None = None,
-                 device: str | torch.device = "cpu", keep_loaded: bool | None = None) -> None:
+                 device: str | torch.device = "cpu", keep_loaded: bool | None = None,
+                 prompt_cache: bool = True) -> None:
         self.folder = folder
         self.dtype = _dtype(dtype)
         self.device = torch.device(device)
@@ -72,11 +76,14 @@ class Pipeline:
         self.components = Components(folder, self.dtype, self.device, keep_loaded)
         self.timings: dict[str, dict[str, Any]] = {}
         self._hash: str | None = None
+        self._cache_place = embeddings.place() if prompt_cache else None
+        self._encoder: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "embedded", *,
                         dtype: str | torch.dtype = "float32", threads: int | None = None,
-                        device: str | torch.device = "cpu", keep_loaded: bool | None = None) -> "Pipeline":
+                        device: str | torch.device = "cpu", keep_loaded: bool | None = None,
+                        prompt_cache: bool = True) -> "Pipeline":
         """Open a model: "embedded", "embedded-binary", a folder, or a Hugging Face id.
 
         Args:
@@ -84,11 +91,12 @@ class Pipeline:
             threads: CPU threads for this process; default `LINOCUT_THREADS`, else torch's own choice.
             device: where to compute; the command line uses "cpu".
             keep_loaded: keep networks in memory between pictures; default: if the model is under 256 MB.
+            prompt_cache: keep what the text encoder makes of each prompt on disk (`linocut.pipeline.embeddings`).
         Opening reads configs and headers only; weights enter memory as they are used.
         Raises ModelNotFoundError, FormatError or UsageError.
         """
         return cls(ModelFolder.open(name_or_path), dtype=dtype, threads=threads, device=device,
-                   keep_loaded=keep_loaded)
+                   keep_loaded=keep_loaded, prompt_cache=prompt_cache)
 
     def __call__(self, prompt: str | Sequence[str], *, width: int | None = None, height: int | None = None,
                  num_inference_steps: int | None = None, seed: int | Sequence[int] | None = None,
@@ -158,15 +166,30 @@ class Pipeline:
             self._hash = self.folder.hash()
         return self._hash
 
-    def kernel(self, tokens: int) -> str:
-        """Name of the kernel that the transformer's packed layers run on with this many tokens; "torch" if none is."""
-        with self.folder.checkpoint("transformer") as checkpoint:
-            for entry in checkpoint.packed.values():
-                if entry.encoding != "affine4":
-                    o, n = entry.shape
-                    return dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, entry.encoding,
-                                                            torch.get_num_threads())).name
-        return "torch"
+    def kernel(self, tokens: int, component: str = "transformer") -> str:
+        """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is."""
+        with self.folder.checkpoint(component) as checkpoint:
+            layers = [entry for name, entry in checkpoint.packed.items() if not name.endswith("embed_tokens")]
+        if not layers:
+            return "torch"
+        largest = max(layers, key=lambda entry: math.prod(entry.shape))
+        o, n = largest.shape
+        return dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, largest.encoding,
+                                                torch.get_num_threads())).name
+
+    def prompt_cache(self) -> embeddings.PromptCache | None:
+        """Text features on disk for what this pipeline computes now, or None if there is no such cache."""
+        if self._cache_place is None or self._cache_place.why_not:
+            return None
+        if self._encoder is None:
+            self._encoder = embeddings.encoder_identity(self.folder) or {}
+        if not self._encoder:
+            return None
+        length = int(self.folder.settings["text_length"])
+        computes = {"dtype": str(self.dtype), "device": self.device.type, "kernel": self.kernel(length, "text_encoder"),
+                    "linocut": __version__, "torch": str(torch.__version__), "machine": platform.machine(),
+                    "processor": torch.backends.cpu.get_cpu_capability()}
+        return embeddings.PromptCache(self._cache_place, {**self._encoder, **computes})
 
     def close(self) -> None:
         """Drop networks that were kept in memory."""

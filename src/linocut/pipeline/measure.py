@@ -19,18 +19,24 @@ _SAMPLE_SECONDS = 0.005
 
 @dataclass
 class PhaseTiming:
-    """What one phase took: wall seconds (`load_seconds` of them to open weights), and its peak of resident bytes."""
+    """What one phase took: wall seconds (`load_seconds` of them to open weights), and its peak of resident bytes.
+
+    `cached` counts the prompts whose features came from the prompt cache.
+    """
 
     seconds: float = 0.0
     load_seconds: float = 0.0
     peak_rss: int = 0
     steps: list[float] = field(default_factory=list)
+    cached: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {"seconds": round(self.seconds, 4), "load_seconds": round(self.load_seconds, 4),
                                   "peak_rss": self.peak_rss}
         if self.steps:
             values["steps"] = [round(step, 4) for step in self.steps]
+        if self.cached:
+            values["cached"] = self.cached
         return values
 
 

@@ -22,8 +22,9 @@ from linocut.errors import Cancelled, UsageError
 from linocut.models.autoencoder import ResnetBlock
 from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
-from linocut.models.prompt_tokenizer import TEMPLATE, PromptTokenizer
-from linocut.pipeline.measure import Meter
+from linocut.models.prompt_tokenizer import TEMPLATE
+from linocut.pipeline.embeddings import Entry
+from linocut.pipeline.measure import Meter, PhaseTiming
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Job, Request
 from linocut.pipeline.sampler import euler, sigmas
@@ -131,24 +132,43 @@ class Run:
                 yield Picture(image, self._recipe(job, seed), job.index, (note,) if note else ())
 
     def _encode(self, prompts: list[str], notes: dict[str, str | None], job: Job) -> dict[str, Tensor]:
-        components, found = self.pipe.components, {}
+        """Text features of each prompt, from the prompt cache where they are there."""
         with self.meter.phase("encode") as timing:
-            start = time.perf_counter()
-            tokenizer = components.tokenizer
-            notes.update({text: cut_off(tokenizer, text) for text in prompts})
             self._check()
-            with components.use("text_encoder") as encoder:
-                timing.load_seconds += time.perf_counter() - start
-                for number, text in enumerate(prompts):
-                    ids, mask = tokenizer.encode([text])
-
-                    def on_layer(done: int, total: int, number: int = number) -> None:
-                        self._report("encode", number * total + done, len(prompts) * total, job)
-
-                    found[text] = encoder(ids.to(self.pipe.device), mask.to(self.pipe.device), on_layer=on_layer)
-                del encoder
+            cache = self.pipe.prompt_cache()
+            entries = {} if cache is None else {text: entry for text in prompts
+                                                if (entry := cache.get(TEMPLATE.format(prompt=text))) is not None}
+            timing.cached += len(entries)
+            unread = [text for text in prompts if text not in entries]
+            if unread:
+                for text, entry in self._read(unread, timing, job):
+                    entries[text] = entry
+                    if cache is not None:
+                        cache.put(TEMPLATE.format(prompt=text), entry)
+            else:
+                self._report("encode", 1, 1, job)
         self._keep_timings()
-        return found
+        length = int(self.pipe.folder.settings["text_length"])
+        notes.update({text: cut_off(text, entry, length) for text, entry in entries.items()})
+        return {text: entry.features.to(self.pipe.device) for text, entry in entries.items()}
+
+    def _read(self, prompts: list[str], timing: PhaseTiming, job: Job) -> Iterator[tuple[str, Entry]]:
+        """Run the text encoder on each prompt."""
+        components, device = self.pipe.components, self.pipe.device
+        start = time.perf_counter()
+        tokenizer = components.tokenizer
+        self._check()
+        with components.use("text_encoder") as encoder:
+            timing.load_seconds += time.perf_counter() - start
+            for number, text in enumerate(prompts):
+                ids, mask = tokenizer.encode([text])
+
+                def on_layer(done: int, total: int, number: int = number) -> None:
+                    self._report("encode", number * total + done, len(prompts) * total, job)
+
+                features = encoder(ids.to(device), mask.to(device), on_layer=on_layer)
+                yield text, Entry(features, tokenizer.count(text), tokenizer.kept(text))
+            del encoder
 
     def _denoise(self, batch: Sequence[Job],
                  features: dict[str, Tensor]) -> tuple[list[Tensor], list[int | None]]:
@@ -282,17 +302,13 @@ class Run:
         self.pipe.timings = {name: phase.to_dict() for name, phase in self.meter.phases.items()}
 
 
-def cut_off(tokenizer: PromptTokenizer, prompt: str) -> str | None:
-    """Return a warning that quotes what of the prompt does not fit into the text length, or None if all of it fits."""
-    needed = tokenizer.count(prompt)
-    if needed <= tokenizer.length:
+def cut_off(prompt: str, entry: Entry, length: int) -> str | None:
+    """Return a warning that quotes what of the prompt does not fit into `length` tokens, or None if all of it fits."""
+    if entry.tokens <= length:
         return None
-    encoding = tokenizer.tokenizer.encode(TEMPLATE.format(prompt=prompt))
-    start = len(TEMPLATE.partition("{prompt}")[0])
-    kept = max((end for _, end in encoding.offsets), default=0) - start
-    lost = prompt[max(0, kept):].strip()
+    lost = prompt[entry.characters:].strip()
     quoted = f"cut off: {lost[:80] + ' ...' if len(lost) > 80 else lost!r}" if lost else "its closing words were cut"
-    return f"the prompt takes {needed} tokens and this model reads {tokenizer.length}; {quoted}"
+    return f"the prompt takes {entry.tokens} tokens and this model reads {length}; {quoted}"
 
 
 @contextlib.contextmanager
