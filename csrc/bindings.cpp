@@ -1,44 +1,20 @@
-// The only file that knows Python. It checks every shape before a pointer is taken, then releases the GIL.
-// FP16 and BF16 arrays come in as int16: their bits, which need no half-precision type on either side.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
+// The module, and the bindings of decoders and oracle; bindings_*.cpp hold the others (see bindings.h).
+#include "bindings.h"
+
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <optional>
 #include <stdexcept>
-#include <string>
 
 #include "cpu_features.h"
-#include "packed.h"
 
-namespace nb = nanobind;
-using namespace linocut;
-
-namespace {
-
-constexpr int kInterface = 1;  // kernels/native.py refuses a module with another number
-
-template <class T>
-using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Codes = Matrix<const std::uint8_t>;
-using Halves = Matrix<const std::int16_t>;
+namespace linocut {
 
 Encoding encoding_of(const std::string& name) {
     if (name == "binary") return Encoding::binary;
     if (name == "ternary") return Encoding::ternary;
     if (name == "affine4") return Encoding::affine4;
     throw std::invalid_argument("encoding must be binary, ternary or affine4, not " + name);
-}
-
-template <class M>
-void expect(const M& array, const char* name, std::size_t rows, std::size_t columns) {
-    if (array.shape(0) == rows && array.shape(1) == columns) return;
-    throw std::invalid_argument(std::string(name) + " must have shape [" + std::to_string(rows) + ", " +
-                                std::to_string(columns) + "], found [" + std::to_string(array.shape(0)) + ", " +
-                                std::to_string(array.shape(1)) + "]");
 }
 
 Packed packed_of(const Codes& codes, const Halves& scales, const std::optional<Codes>& zeros, const std::string& name,
@@ -58,6 +34,10 @@ Packed packed_of(const Codes& codes, const Halves& scales, const std::optional<C
     return {encoding, rows, n, codes.data(), reinterpret_cast<const std::uint16_t*>(scales.data()),
             zeros ? zeros->data() : nullptr};
 }
+
+namespace {
+
+constexpr int kInterface = 2;  // kernels/native.py refuses a module with another number
 
 void decode_f32(const Codes& codes, const Halves& scales, const std::optional<Codes>& zeros,
                 const std::string& encoding, std::size_t n, const Matrix<float>& out, const std::string& name) {
@@ -113,8 +93,10 @@ std::vector<std::pair<std::string, std::string>> variant_reasons() {
 }
 
 }  // namespace
+}  // namespace linocut
 
 NB_MODULE(_native, m) {
+    using namespace linocut;
     m.doc() = "linocut's C++ kernels; use them through linocut.kernels.";
     m.attr("INTERFACE") = kInterface;
     m.def("build_info", &build_info, "Compiler and ABI of this build.");
@@ -132,4 +114,5 @@ NB_MODULE(_native, m) {
     m.def("linear", &linear, nb::arg("x").noconvert(), nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
           nb::arg("zeros").noconvert().none(), nb::arg("encoding"), nb::arg("y").noconvert(),
           "Write y[rows, m] = W @ x[m, n]^T, float64 sums, into y.");
+    bind_gemm(m);
 }

@@ -1,13 +1,32 @@
 #include "cpu_features.h"
 
+#include <algorithm>
 #include <stdexcept>
 
-#if defined(__linux__) && defined(__aarch64__)
+#if defined(LINOCUT_X86)
+#include <cpuid.h>
+#elif defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 namespace linocut {
+
+void quantize_rows_baseline(const Rows&, const Activations&, std::size_t, std::size_t, std::size_t);
+#if defined(LINOCUT_X86)
+void quantize_rows_avx2(const Rows&, const Activations&, std::size_t, std::size_t, std::size_t);
+void quantize_rows_avx512(const Rows&, const Activations&, std::size_t, std::size_t, std::size_t);
+
+namespace {
+
+// CPUID leaf 7.1, EAX bit 4; older compilers do not know the name. Its registers are AVX's, which the caller asks for.
+bool has_avxvnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+
+}  // namespace
+#endif
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
 #if defined(LINOCUT_X86)
@@ -18,6 +37,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
         {"avx", __builtin_cpu_supports("avx") != 0},
         {"avx2", __builtin_cpu_supports("avx2") != 0},
         {"fma", __builtin_cpu_supports("fma") != 0},
+        {"avxvnni", has_avxvnni()},
         {"avx512f", __builtin_cpu_supports("avx512f") != 0},
         {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
         {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
@@ -28,32 +48,36 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
     };
 #elif defined(__linux__) && defined(__aarch64__)
     const unsigned long caps = getauxval(AT_HWCAP);
-    return {{"asimd", (caps & HWCAP_ASIMD) != 0}, {"asimddp", (caps & HWCAP_ASIMDDP) != 0}};
+    return {{"asimd", (caps & HWCAP_ASIMD) != 0}, {"asimddp", (caps & HWCAP_ASIMDDP) != 0},
+            {"i8mm", (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0}};
 #else
     return {};
 #endif
 }
 
-namespace {
-
-// The first feature of `needed` that this CPU lacks, as a reason; empty if it has them all.
-[[maybe_unused]] std::string lacking(const std::vector<std::string>& needed) {
-    const auto features = cpu_features();
-    for (const auto& name : needed) {
+std::string lacking(const std::string& needed) {
+    static const auto features = cpu_features();
+    for (std::size_t start = 0; start < needed.size();) {
+        const std::size_t stop = std::min(needed.find(' ', start), needed.size());
+        const std::string name = needed.substr(start, stop - start);
         bool found = false;
         for (const auto& feature : features) found = found || (feature.first == name && feature.second);
         if (!found) return "this CPU lacks " + name;
+        start = stop + 1;
     }
     return "";
 }
 
+namespace {
+
 std::vector<Variant> probe() {
     std::vector<Variant> all;
 #if defined(LINOCUT_X86)
-    all.push_back({"avx512", lacking({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}), decoders_avx512()});
-    all.push_back({"avx2", lacking({"avx2", "fma"}), decoders_avx2()});
+    all.push_back({"avx512", lacking("avx512f avx512bw avx512dq avx512vl avx2 fma"), decoders_avx512(),
+                   quantize_rows_avx512});
+    all.push_back({"avx2", lacking("avx2 fma"), decoders_avx2(), quantize_rows_avx2});
 #endif
-    all.push_back({"baseline", "", decoders_baseline()});
+    all.push_back({"baseline", "", decoders_baseline(), quantize_rows_baseline});
     return all;
 }
 

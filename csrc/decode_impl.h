@@ -1,57 +1,12 @@
 // The decoders, written as plain loops that compilers turn into vector code, and compiled once per instruction set
-// (decode_*.cpp define LINOCUT_DECODERS and include this file). Everything is static and no standard header with
-// inline functions is used: an inline function compiled for AVX-512 must not become the copy that the linker keeps.
+// (decode_*.cpp define LINOCUT_DECODERS and include this file).
 //
 // Why it is fast: codes are planar. Byte j of a full ternary block holds the weights j, 128+j, ... 512+j, so digit i of
 // 128 consecutive bytes is 128 consecutive weights, all of one group: a multiply, a compare, one scale, straight stores.
-#include <cstring>
-
-#include "packed.h"
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the decoders, like the format, are little-endian"
-#endif
+#include "scalar_impl.h"
 
 namespace linocut {
 namespace {
-
-using std::size_t;
-using std::uint16_t;
-using std::uint32_t;
-using std::uint64_t;
-using std::uint8_t;
-
-float float_of_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-float float_of_half(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000u) << 16;
-    const uint32_t magnitude = half & 0x7fffu;
-    if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
-    if (magnitude < 0x400u) {  // zero and subnormals: steps of 2^-24, exact in float
-        const float value = float(magnitude) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    return float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
-}
-
-inline void store(float* out, float value) { *out = value; }
-
-// Round to nearest, ties to even, as torch does. A NaN (from a broken scale) keeps being one.
-inline void store(uint16_t* out, float value) {
-    const uint32_t bits = bits_of_float(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    *out = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 // out[j] = values[j] * scale for values of -1, 0 and +1.
 inline void expand(const signed char* values, size_t count, float scale, float* out) {
@@ -67,14 +22,6 @@ inline void expand(const signed char* values, size_t count, float scale, uint16_
         const uint16_t keep = uint16_t(-(value & 1));
         out[j] = uint16_t((pattern & keep) ^ (value & 0x8000u));
     }
-}
-
-constexpr uint8_t kPower[kTrits] = {1, 3, 9, 27, 81};
-
-// Digit 0..2 of the fixed-point fraction `byte` / 256 in base 3, for any byte: two compares in eight-bit lanes.
-inline int digit(uint8_t byte, uint8_t power) {
-    const uint8_t fraction = uint8_t(byte * power);
-    return int(fraction >= 86) + int(fraction >= 171);
 }
 
 template <class Out>
@@ -107,9 +54,8 @@ void ternary_row(const uint8_t* codes, const uint16_t* scales, size_t n, Out* ou
 // Eight weights of one byte as eight bytes of -1 or +1, in memory order.
 inline void binary_byte(uint8_t byte, signed char* values) {
     constexpr uint64_t kOnes = 0x0101010101010101u;
-    const uint64_t picked = byte * kOnes & 0x8040201008040201u;             // byte k keeps bit k
-    const uint64_t bits = (picked + 0x7f7f7f7f7f7f7f7fu) >> 7 & kOnes;       // ... which becomes 0 or 1
-    const uint64_t signs = bits + (kOnes - bits) * 0xffu;                    // 1 or 255, that is -1; no carries
+    const uint64_t bits = spread_bits(byte);
+    const uint64_t signs = bits + (kOnes - bits) * 0xffu;  // 1 or 255, that is -1; no carries
     std::memcpy(values, &signs, sizeof signs);
 }
 

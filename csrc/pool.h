@@ -17,9 +17,9 @@ void parallel(std::size_t threads, std::size_t count, Work work, void* context);
 
 // The same for a callable f(index, worker).
 template <class F>
-void parallel(std::size_t threads, std::size_t count, F&& f) {
-    parallel(threads, count, [](void* context, std::size_t i, std::size_t w) {
-        (*static_cast<F*>(context))(i, w); }, const_cast<void*>(static_cast<const void*>(&f)));
+void parallel(std::size_t threads, std::size_t count, const F& f) {
+    const Work work = [](void* context, std::size_t i, std::size_t w) { (*static_cast<const F*>(context))(i, w); };
+    parallel(threads, count, work, const_cast<F*>(&f));
 }
 
 }  // namespace linocut

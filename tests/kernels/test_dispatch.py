@@ -19,16 +19,32 @@ def no_module(monkeypatch):
     monkeypatch.setattr(native, "status", lambda: (None, "the C++ module cannot be imported; run `make build`"))
 
 
-def test_native_is_preferred_and_generic_never_chosen_alone():
+def test_int8_is_preferred_and_generic_never_chosen_alone():
     reasons = dict(dispatch.explain(a_problem()))
-    assert list(reasons) == ["native", "reference", "generic"]
+    assert list(reasons) == ["int8", "native", "reference", "generic"]
+    assert reasons["int8"] is None
     assert reasons["native"] is None
     assert reasons["reference"] is None
     assert "LINOCUT_KERNEL=generic" in reasons["generic"]
-    assert dispatch.select(a_problem()).name == "native"
+    assert dispatch.select(a_problem()).name == "int8"
+
+
+def test_gradients_and_odd_widths_are_not_for_int8():
+    for changes, word in (({"gradients": True}, "gradient"), ({"n": 192, "encoding": "affine4"}, "128"),
+                          ({"device": "cuda"}, "CPU")):
+        assert word in dict(dispatch.explain(a_problem(**changes)))["int8"]
+    assert dispatch.select(a_problem(gradients=True)).name == "native"
+    x = torch.ones(2, 256, requires_grad=True)
+    packed = random_packed("ternary", 8, 256)
+    assert dispatch.linear(x, *tensors(packed), "ternary").grad_fn is not None
+    with torch.no_grad():
+        assert problem.Problem.of(x, tensors(packed)[0], "ternary").gradients is False
+    with dispatch.use_kernel("int8"), pytest.raises(KernelError, match="gradient"):
+        dispatch.linear(x, *tensors(packed), "ternary")
 
 
 def test_without_the_module_the_reference_draws(no_module):
+    assert "make build" in dict(dispatch.explain(a_problem()))["int8"]
     assert "make build" in dict(dispatch.explain(a_problem()))["native"]
     assert dispatch.select(a_problem()).name == "reference"
     packed = random_packed("ternary", 8, 256)
@@ -71,9 +87,9 @@ def test_overrides(monkeypatch):
     with dispatch.use_kernel("generic"):
         assert dispatch.select(a_problem()).name == "generic"
         with dispatch.use_kernel("auto"):
-            assert dispatch.select(a_problem()).name == "native"
+            assert dispatch.select(a_problem()).name == "int8"
     monkeypatch.setenv("LINOCUT_KERNEL", "fastest")
-    with pytest.raises(KernelError, match=r"no kernel called 'fastest' \(known: auto, native"):
+    with pytest.raises(KernelError, match=r"no kernel called 'fastest' \(known: auto, int8, native"):
         dispatch.select(a_problem())
     with pytest.raises(KernelError), dispatch.use_kernel("nonsense"):
         pass

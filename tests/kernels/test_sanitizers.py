@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent.parent.parent / "csrc"
-FLAGS = {"decode_avx2.cpp": ["-mavx2", "-mfma"],
-         "decode_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]}
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+FLAGS = {"decode_avx2.cpp": AVX2, "decode_avx512.cpp": AVX512, "quantize_avx2.cpp": AVX2, "quantize_avx512.cpp": AVX512}
 
 
 @pytest.mark.slow
@@ -18,7 +19,8 @@ def test_decoders_are_clean_under_sanitizers(tmp_path):
     assert compiler is not None, "building linocut's tests takes a C++ compiler; on Debian: apt-get install g++"
     common = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
               "-fno-sanitize-recover=all"]
-    names = ["cpu_features.cpp", "generic.cpp", "decode_baseline.cpp", "tests/fuzz_decoders.cpp"]
+    names = ["cpu_features.cpp", "generic.cpp", "decode_baseline.cpp", "quantize_baseline.cpp",
+             "tests/fuzz_decoders.cpp"]
     if platform.machine() in ("x86_64", "AMD64"):
         common.append("-DLINOCUT_X86")
         names += list(FLAGS)

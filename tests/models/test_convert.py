@@ -13,6 +13,7 @@ from torch import nn
 from linocut.errors import FormatError, PolicyError
 from linocut.formats.checkpoint import Checkpoint, write_checkpoint
 from linocut.formats.packed import PackedTensor
+from linocut.kernels.dispatch import use_kernel
 from linocut.models.convert import build_and_load, packed_state, quantize_, set_eps, tensor_from
 from linocut.models.flux2 import Flux2Config, Flux2Transformer, image_position_ids, text_position_ids
 from linocut.models.linear import FakeQuantLinear, PackedEmbedding, PackedLinear, StoredLinear
@@ -77,7 +78,8 @@ def test_a_trained_student_exports_what_it_computed(tmp_path: Path) -> None:
     wanted = model(*inputs())
     assert relative(mixed, wanted) > 1e-2
     loaded = build_and_load(Flux2Transformer, SMALL, save(model, tmp_path / "model.safetensors"))
-    assert relative(loaded(*inputs()), wanted) < 1e-5
+    with use_kernel("native"):  # float activations, as in training
+        assert relative(loaded(*inputs()), wanted) < 1e-5
 
 
 @torch.no_grad()

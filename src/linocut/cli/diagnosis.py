@@ -76,7 +76,7 @@ def libraries() -> list[Facts]:
 
 
 def native_module() -> Facts:
-    """The C++ module without importing torch: whether it loads, its build, and its decoder variants with reasons."""
+    """The C++ module without importing torch: whether it loads, its build, and its variants with reasons."""
     try:
         module = importlib.import_module("linocut._native")
     except ImportError as error:
@@ -87,7 +87,22 @@ def native_module() -> Facts:
     return {"available": True, "detail": module.build_info(),
             "cpu_features": [name for name, supported in module.cpu_features() if supported],
             "decoders": [{"name": name, "why_not": reason or None, "chosen": name == chosen}
-                         for name, reason in module.variants()]}
+                         for name, reason in module.variants()],
+            "products": _products(module.gemm_variants())}
+
+
+def _products(variants: list[tuple[str, str, str]]) -> list[Facts]:
+    """The variants of the int8 product, best first, each with what it needs and why it is or is not the one."""
+    asked = os.environ.get("LINOCUT_GEMM", "").strip()
+    chosen = asked or next(name for name, _, reason in variants if not reason)
+    why = "asked for by LINOCUT_GEMM" if asked else "the best that this CPU can run"
+    found = []
+    for name, needs, reason in variants:
+        line = reason or ("chosen: " + why if name == chosen else "works; another one was asked for" if asked else
+                          "works; a better one is there")
+        found.append({"name": name, "needs": needs.split(), "why_not": reason or None, "reason": line,
+                      "chosen": name == chosen and not reason})
+    return found
 
 
 def torch_build() -> Facts:

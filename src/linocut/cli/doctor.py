@@ -87,7 +87,9 @@ def _show_machine(console: "Console", report: "Facts") -> None:
         reason = each["why_not"] or "works; a better one is there"
         if each["chosen"]:
             reason = "chosen: the best that this CPU can run"
-        _line(console, "  decoder", f"{each['name']:<9} {reason}")
+        _line(console, "  decoder", f"{each['name']:<11} {reason}")
+    for each in native.get("products", []):
+        _line(console, "  int8 product", f"{each['name']:<11} {each['reason']}")
 
 
 def _show_libraries(console: "Console", report: "Facts") -> None:

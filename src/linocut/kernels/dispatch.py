@@ -1,9 +1,13 @@
 """y = x @ W.T on packed W: the one door to every kernel.
 
 `linear` and `dequantize` choose the first candidate that gives no reason against itself; `explain` tells all reasons.
-Order: native (C++ decoders), then reference (torch only, always can). `generic` (a C++ scalar product, the slow oracle
-of the C++ side) runs only when asked for. An override is either the environment variable
-`LINOCUT_KERNEL=auto|native|generic|reference` or, in code and for one context only, `use_kernel(name)`.
+Order: int8 (C++ on packed weights, activations rounded), native (C++ decoders, float activations), reference (torch
+only, always can). `generic` (a C++ scalar product, the slow oracle of the C++ side) runs only when asked for. An
+override is either the environment variable `LINOCUT_KERNEL=auto|int8|native|generic|reference` or, in code and for one
+context only, `use_kernel(name)`.
+
+torch.compile sees a linear without gradient on the CPU as one operator, `torch.ops.linocut.packed_linear`, which
+chooses when it runs.
 
     >>> with use_kernel("reference"):
     ...     y = linear(x, codes, scales, None, "ternary")
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from linocut.errors import KernelError
 from linocut.kernels.blocked import blocked_backward
+from linocut.kernels.cpu import Int8
 from linocut.kernels.native import Generic, Native
 from linocut.kernels.problem import Candidate, PackedWeight, Problem, checked
 from linocut.kernels.reference import Reference
@@ -27,7 +32,7 @@ from linocut.kernels.reference import Reference
 __all__ = ["CANDIDATES", "Candidate", "PackedWeight", "Problem", "candidate", "dequantize", "explain", "linear",
            "requested", "select", "use_kernel"]
 
-CANDIDATES: tuple[Candidate, ...] = (Native(), Reference(), Generic())
+CANDIDATES: tuple[Candidate, ...] = (Int8(), Native(), Reference(), Generic())
 _override: ContextVar[str | None] = ContextVar("linocut_kernel", default=None)
 
 
@@ -90,20 +95,41 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encod
 
     Weights are frozen: gradients flow to x and bias only.
     """
-    weight = checked(codes, scales, zeros, encoding, x.shape[-1])
-    if codes.device != x.device:
-        raise KernelError(f"x is on {x.device} and the packed weight on {codes.device}; move them together")
-    chosen = select(Problem.of(x, codes, encoding))
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] == 0 or weight.o == 0:
-        y = flat.new_zeros((flat.shape[0], weight.o))
-    elif x.requires_grad and torch.is_grad_enabled():
-        y = _FrozenLinear.apply(flat, weight, chosen)
+    gradients = x.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and not gradients:
+        y: Tensor = torch.ops.linocut.packed_linear(flat, codes, scales, zeros, encoding)
     else:
-        y = chosen.linear(flat, weight)
+        weight = checked(codes, scales, zeros, encoding, x.shape[-1])
+        if codes.device != x.device:
+            raise KernelError(f"x is on {x.device} and the packed weight on {codes.device}; move them together")
+        if gradients and flat.shape[0] and weight.o:
+            y = _FrozenLinear.apply(flat, weight, select(Problem.of(x, codes, encoding)))
+        else:
+            y = _run(flat, weight)
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return y.view(*x.shape[:-1], weight.o)
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def _run(x: Tensor, weight: PackedWeight) -> Tensor:
+    chosen = select(Problem.of(x, weight.codes, weight.encoding))
+    return chosen.linear(x, weight) if x.shape[0] and weight.o else x.new_zeros((x.shape[0], weight.o))
+
+
+def _operator(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str) -> Tensor:
+    return _run(x, checked(codes, scales, zeros, encoding, x.shape[-1]))
+
+
+def _operator_shape(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+_library = torch.library.Library("linocut", "DEF")
+_library.define("packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str encoding) -> Tensor",
+                tags=(torch.Tag.needs_fixed_stride_order,))
+_library.impl("packed_linear", _operator, "CPU")
+torch.library.register_fake("linocut::packed_linear", _operator_shape, lib=_library)
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str, n: int,

@@ -16,7 +16,7 @@ from torch import Tensor
 from linocut.kernels.blocked import blocked_linear
 from linocut.kernels.problem import FLOAT_DTYPES, PackedWeight, Problem, thread_count
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of the Python-to-C++ interface; a module of another version is refused rather than called wrongly."""
 _SPLIT_WEIGHTS = 1 << 20
 """Weights per thread below which starting another thread costs more than it saves."""
@@ -41,11 +41,12 @@ def why_no_module() -> str | None:
     return line if module is None else None
 
 
-def _module() -> ModuleType:
-    module, line = status()
-    if module is None:
+def module() -> ModuleType:
+    """The C++ module; RuntimeError if it is not there, which `why_not` of a kernel says beforehand."""
+    found, line = status()
+    if found is None:
         raise RuntimeError(line)
-    return module
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -75,7 +76,7 @@ def _why_not(problem: Problem) -> str | None:
     return why_no_module()
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """A contiguous tensor as the C++ side takes it: FP16 and BF16 travel as int16."""
     tensor = tensor.detach().contiguous()
     return tensor.view(torch.int16) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -88,13 +89,13 @@ def _decode(weight: PackedWeight, out: Tensor) -> None:
         _decode(weight, whole)
         out.copy_(whole)
         return
-    module = _module()
-    codes, scales = _bytes(weight.codes), _bytes(weight.scales)
-    zeros = None if weight.zeros is None else _bytes(weight.zeros)
+    cpp = module()
+    codes, scales = bits(weight.codes), bits(weight.scales)
+    zeros = None if weight.zeros is None else bits(weight.zeros)
 
     def work(start: int, stop: int) -> None:
         part = None if zeros is None else zeros[start:stop]
-        module.decode(codes[start:stop], scales[start:stop], part, weight.encoding, weight.n, _bytes(out[start:stop]))
+        cpp.decode(codes[start:stop], scales[start:stop], part, weight.encoding, weight.n, bits(out[start:stop]))
 
     _in_rows(weight.o, weight.o * weight.n, work)
 
@@ -130,15 +131,15 @@ class Generic:
         _decode(weight, out)
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        module = _module()
+        cpp = module()
         x32 = x.detach().float().contiguous()
         y = torch.empty((weight.o, x.shape[0]), dtype=torch.float32)
-        codes, scales = _bytes(weight.codes), _bytes(weight.scales)
-        zeros = None if weight.zeros is None else _bytes(weight.zeros)
+        codes, scales = bits(weight.codes), bits(weight.scales)
+        zeros = None if weight.zeros is None else bits(weight.zeros)
 
         def work(start: int, stop: int) -> None:
             part = None if zeros is None else zeros[start:stop]
-            module.linear(x32, codes[start:stop], scales[start:stop], part, weight.encoding, y[start:stop])
+            cpp.linear(x32, codes[start:stop], scales[start:stop], part, weight.encoding, y[start:stop])
 
         _in_rows(weight.o, weight.o * weight.n * x.shape[0], work)
         return y.t().to(x.dtype).contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linocut.formats.packed import ENCODINGS, groups, row_bytes
+from linocut.formats.packed import ENCODINGS, GROUP_SIZE, groups, row_bytes
 from linocut.kernels import dispatch
 from linocut.kernels.problem import Candidate, PackedWeight, Problem, checked, thread_count
 
@@ -69,7 +69,7 @@ def check_model_sized(shape: tuple[int, int, int] = MODEL_SIZED,
 
 def check_weight(weight: PackedWeight, name: str, m: int) -> Iterator[Check]:
     """Check every kernel that can run here on one weight held on the CPU, with m random tokens."""
-    x = torch.randn((m, weight.n), generator=torch.Generator().manual_seed(1))
+    x = _random_x(m, weight.n)
     with torch.no_grad():
         wanted = dispatch.candidate("reference").linear(x, weight)
         for each in dispatch.CANDIDATES:
@@ -82,6 +82,16 @@ def check_weight(weight: PackedWeight, name: str, m: int) -> Iterator[Check]:
                     problem = Problem(device, dtype, m, weight.n, weight.o, weight.encoding, thread_count()[0])
                     if each.why_not(problem) is None:
                         yield _check(each, weight, name, x, wanted, device, dtype)
+
+
+def _random_x(m: int, n: int) -> Tensor:
+    """float32 [m, n] that int8 activations, bfloat16 and float16 all hold exactly, so that one tolerance fits all
+    kernels: whole numbers up to 127, which every group reaches, times powers of two."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randint(-127, 128, (m, n // GROUP_SIZE, GROUP_SIZE), generator=generator)
+    values[:, :, 0] = 127
+    exponents = torch.randint(-8, -4, (m, n // GROUP_SIZE, 1), generator=generator)
+    return torch.ldexp(values.float(), exponents).flatten(1)
 
 
 def _check(kernel: Candidate, weight: PackedWeight, name: str, x: Tensor, wanted: Tensor, device: str,
