@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_dense import TINY
 
 from linocut.errors import UsageError
 from linocut.formats.folder import ModelFolder
+from linocut.models.flux2 import Flux2Config
+from linocut.models.synthetic import write_synthetic
 from linocut.pipeline import memory
 from linocut.pipeline.measure import Meter
 
@@ -51,6 +55,48 @@ def test_the_plan_covers_what_is_measured(tiny_model: Path, size: int) -> None:
         assert planned >= measured, name
         # Allowances of constant size are all there is in small pictures.
         assert planned <= 2 * max(measured, 0) + 70e6, name
+
+
+_RESIDENT = """
+import sys
+import torch
+from linocut.pipeline.generate import Pipeline
+
+def mapped(file):
+    "Resident bytes of every map of a file."
+    total, ours = 0, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            ours = line.rstrip().endswith(file)
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+file = "transformer/diffusion_pytorch_model.safetensors"
+for keep in (True, False):
+    pipe, seen = Pipeline.from_pretrained(sys.argv[1], keep_loaded=keep), []
+    for _ in range(2):
+        pipe("a red apple", seed=1, width=32, height=32, callback_on_step_end=lambda *_: seen.append(mapped(file)))
+    pipe.close()
+    print(min(seen), max(seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")
+def test_what_sees_the_noise_level_alone_is_gone_while_denoising(tmp_path: Path) -> None:
+    width = 512
+    transformer = Flux2Config(in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=width // 128,
+                              joint_attention_dim=384)
+    write_synthetic(tmp_path / "model", replace(TINY, transformer=transformer), "binary")
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    done = subprocess.run([sys.executable, "-c", _RESIDENT, str(tmp_path / "model")], capture_output=True, text=True,
+                          check=True)
+    size, timestep = weights.stat().st_size, 2 * width * (256 + width + 17 * width)
+    assert timestep > 0.6 * size
+    for kept_or_not in done.stdout.splitlines():
+        least, most = map(int, kept_or_not.split())
+        # The rest is in memory; pages come in clusters, so some bytes beside it are too.
+        assert 0.9 * (size - timestep) < least <= most < size - 0.9 * timestep
 
 
 def test_plans_grow_with_the_picture(tiny_model: Path) -> None:

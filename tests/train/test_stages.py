@@ -108,7 +108,9 @@ def test_what_ships_computes_what_was_trained(trained, encoding):
     with use_kernel("native"), pipe.components.use("text_encoder") as encoder:  # float activations, as in training
         torch.testing.assert_close(encoder(ids, mask), text, rtol=1e-4, atol=1e-4)
     with use_kernel("native"), pipe.components.use("transformer") as transformer:
-        packed = transformer(latents, text, sigma, student.image_ids, student.text_ids)
+        packed = torch.cat([
+            transformer(latents[i : i + 1], text[i : i + 1], modulations, student.image_ids, student.text_ids)
+            for i, modulations in enumerate(pipe.components.modulations(sigma))])
     torch.testing.assert_close(packed, student.velocity(latents, text, sigma), rtol=1e-4, atol=1e-4)
     with folder.checkpoint("transformer") as checkpoint:
         assert {entry.encoding for entry in checkpoint.packed.values()} == {encoding, "affine4"}

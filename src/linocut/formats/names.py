@@ -20,7 +20,7 @@ from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.header import PackedEntry, TensorInfo, printable
 from linocut.formats.packed import PackedTensor
 
-__all__ = ["BFLCheckpoint", "Source", "bfl_plan", "is_bfl", "open_flux2"]
+__all__ = ["BFLCheckpoint", "Source", "bfl_plan", "is_bfl", "is_timestep", "open_flux2"]
 
 _PREFIX = "model.diffusion_model."
 _MARKS = ("double_stream_modulation_img.lin.weight", "img_in.weight")
@@ -56,6 +56,15 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"final_layer\.adaLN_modulation\.1\.weight", ("~norm_out.linear.weight",)),
 )
 _COMPILED = tuple((re.compile(f"(?:{re.escape(_PREFIX)})?{pattern}"), targets) for pattern, targets in _RULES)
+
+
+_TIMESTEP = re.compile(r"(time_guidance_embed|double_stream_modulation_(img|txt)|single_stream_modulation|norm_out)"
+                       r"(\..*)?")
+
+
+def is_timestep(name: str) -> bool:
+    """True for a module or tensor (diffusers' name) of a FLUX.2 transformer that sees the noise level alone."""
+    return _TIMESTEP.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ Shape letters: B batch, T text tokens, I image tokens, S = T + I, D width, H hea
 M MLP width, C latent channels, E text feature width.
 
 Precision: activations have the dtype of the latents (or autocast's). Normalization of q and k, rotation and the time
-embedding are computed in float32, layer norms accumulate in float32. Nothing in `forward` depends on tensor values,
+features are computed in float32, layer norms accumulate in float32. Nothing in `forward` depends on tensor values,
 so it compiles to one graph and trains under autocast.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -21,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linocut.errors import UsageError
+from linocut.formats.names import is_timestep
 from linocut.models.configs import Flux2Config
+from linocut.models.modulations import Modulations, TimestepNetwork
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each float32 [S, 1, K/2]: broadcast over heads
 FLOAT16_MAX = 65504.0
 
 
-# ------------------------------------------------------------------------------------------- positions and time
+# ---------------------------------------------------------------------------------------------------- positions
 
 def text_position_ids(tokens: int, device: torch.device | str | None = None) -> Tensor:
     """Ids (T, H, W, L) of `tokens` text tokens: (0, 0, 0, l). int64 [T, 4]."""
@@ -67,14 +68,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
-def time_features(sigma: Tensor, channels: int) -> Tensor:
-    """Sinusoidal features of sigma [B] in [0, 1]: cosines first, then sines. float32 [B, channels]."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=sigma.device) / half)
-    angle = (sigma.float() * 1000)[:, None] * frequencies
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
 # ------------------------------------------------------------------------------------------------------ blocks
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -109,18 +102,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
-
-
-class Modulation(nn.Module):
-    """One Linear from the activated time embedding to `sets` triples (shift, scale, gate) of width D."""
-
-    def __init__(self, width: int, sets: int) -> None:
-        super().__init__()
-        self.sets = sets
-        self.linear = nn.Linear(width, 3 * sets * width, bias=False)
-
-    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(activated)[:, None].chunk(3 * self.sets, dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -222,35 +203,16 @@ class SingleBlock(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- network
 
-class TimestepEmbedder(nn.Module):
-    """The two-layer MLP on the time features; its output is not activated."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, width, bias=False)
-        self.linear_2 = nn.Linear(width, width, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(features)))
-
-
-class Flux2Transformer(nn.Module):
+class Flux2Transformer(TimestepNetwork):
     """Velocity of the probability flow at noise level sigma, given text features. See `forward`."""
 
     def __init__(self, config: Flux2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.width
-        self.time_guidance_embed = nn.ModuleDict(
-            {"timestep_embedder": TimestepEmbedder(config.timestep_guidance_channels, width)})
-        self.double_stream_modulation_img = Modulation(width, sets=2)
-        self.double_stream_modulation_txt = Modulation(width, sets=2)
-        self.single_stream_modulation = Modulation(width, sets=1)
         self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
         self.context_embedder = nn.Linear(config.joint_attention_dim, width, bias=False)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
-        self.norm_out = nn.ModuleDict({"linear": nn.Linear(width, 2 * width, bias=False)})
         self.proj_out = nn.Linear(width, config.velocity_channels, bias=False)
 
     def init_weights(self) -> None:
@@ -267,39 +229,56 @@ class Flux2Transformer(nn.Module):
                      "single_stream_modulation.linear", "norm_out.linear", "proj_out"):
             nn.init.zeros_(self.get_parameter(f"{name}.weight"))
 
-    def forward(self, latents: Tensor, text: Tensor, sigma: Tensor, image_ids: Tensor, text_ids: Tensor,
+    def rename_key(self, name: str) -> str | None:
+        """The name of a checkpoint's tensor in this network: its own."""
+        return name
+
+    def forward(self, latents: Tensor, text: Tensor, sigma: Tensor | Modulations, image_ids: Tensor, text_ids: Tensor,
                 on_block: Callable[[int, int], None] | None = None) -> Tensor:
         """Predict the velocity (noise minus clean latents).
 
-        latents [B, I, C] noisy latent tokens, text [B, T, E] text features, sigma [B] noise level in [0, 1],
-        image_ids [I, 4] and text_ids [T, 4] positions (`image_position_ids`, `text_position_ids`).
-        on_block(done, total) is called after each block and may raise `Cancelled`. Returns [B, I, C].
+        latents [B, I, C] noisy latent tokens, text [B, T, E] text features, sigma [B] noise level in [0, 1] or what
+        `modulations` makes of it, image_ids [I, 4] and text_ids [T, 4] positions (`image_position_ids`,
+        `text_position_ids`). on_block(done, total) is called after each block and may raise `Cancelled`. Returns
+        [B, I, C].
         """
         config = self.config
-        if text.shape[1] != text_ids.shape[0] or latents.shape[1] != image_ids.shape[0]:
-            raise UsageError(f"one position id per token expected, found {text_ids.shape[0]} ids for {text.shape[1]} "
-                             f"text tokens and {image_ids.shape[0]} ids for {latents.shape[1]} image tokens")
-        features = time_features(sigma, config.timestep_guidance_channels).to(latents.dtype)
-        activated = F.silu(self.time_guidance_embed["timestep_embedder"](features))
-        image_mod = self.double_stream_modulation_img(activated)
-        text_mod = self.double_stream_modulation_txt(activated)
-        single_mod = self.single_stream_modulation(activated)
-        ids = torch.cat([text_ids, image_ids.to(text_ids.device)])
-        cos, sin = rope_tables(ids, config.axes_dims_rope, config.rope_theta)
-        rope = (cos.to(latents.device), sin.to(latents.device))
-
+        rope = self.rope(latents, text, image_ids, text_ids)
+        mod = sigma.to(latents.dtype) if isinstance(sigma, Modulations) else self.modulations(sigma, latents.dtype)
         total, done = config.num_layers + config.num_single_layers, 0
         image, stream = self.x_embedder(latents), self.context_embedder(text.to(latents.dtype))
         for block in self.transformer_blocks:
-            image, stream = block(image, stream, image_mod, text_mod, rope)
+            image, stream = block(image, stream, mod.image, mod.text, rope)
             done += 1
             if on_block is not None:
                 on_block(done, total)
         x = torch.cat([stream, image], dim=1)
         for block in self.single_transformer_blocks:
-            x = block(x, single_mod, rope)
+            x = block(x, mod.single, rope)
             done += 1
             if on_block is not None:
                 on_block(done, total)
-        scale, shift = self.norm_out["linear"](activated)[:, None].chunk(2, dim=-1)
-        return self.proj_out(modulate(x[:, text.shape[1]:], shift, scale, config.eps))
+        return self.proj_out(modulate(x[:, text.shape[1]:], *mod.out, config.eps))
+
+    def rope(self, latents: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor) -> Rope:
+        """Rotation tables of the text's tokens and then the image's, on the device of the latents."""
+        if text.shape[1] != text_ids.shape[0] or latents.shape[1] != image_ids.shape[0]:
+            raise UsageError(f"one position id per token expected, found {text_ids.shape[0]} ids for {text.shape[1]} "
+                             f"text tokens and {image_ids.shape[0]} ids for {latents.shape[1]} image tokens")
+        ids = torch.cat([text_ids, image_ids.to(text_ids.device)])
+        cos, sin = rope_tables(ids, self.config.axes_dims_rope, self.config.rope_theta)
+        return cos.to(latents.device), sin.to(latents.device)
+
+
+class Flux2Blocks(Flux2Transformer):
+    """The transformer without the layers of `TimestepNetwork`, for drawing: `forward` takes `Modulations` only."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__(config)
+        for name, _ in list(self.named_children()):
+            if is_timestep(name):
+                delattr(self, name)
+
+    def rename_key(self, name: str) -> str | None:
+        """The name of a checkpoint's tensor in this network, or None for those of `TimestepNetwork`."""
+        return None if is_timestep(name) else name

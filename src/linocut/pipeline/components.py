@@ -1,4 +1,7 @@
-"""The three networks of a model, one after another in memory.
+"""The networks of a model, one after another in memory.
+
+The transformer counts as two: what depends on the noise level alone is evaluated for a whole schedule, and gone, before
+the rest is opened.
 
 A component is built around memory-mapped weights when its phase begins and dropped when it ends, unless the model is
 small enough as a whole to stay (`memory.should_keep`); then a second picture starts at once.
@@ -17,7 +20,8 @@ from linocut.formats.folder import ModelFolder
 from linocut.models.autoencoder import Autoencoder
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.models.convert import build_and_load
-from linocut.models.flux2 import Flux2Transformer
+from linocut.models.flux2 import Flux2Blocks
+from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 
 
@@ -28,6 +32,7 @@ class Components:
         self.folder, self.dtype, self.device, self.keep = folder, dtype, device, keep
         self._kept: dict[str, nn.Module] = {}
         self._tokenizer: PromptTokenizer | None = None
+        self._modulations: tuple[list[float], list[Modulations]] = ([], [])
         if not keep:
             avoid_fragments()
 
@@ -40,7 +45,10 @@ class Components:
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Any]:
-        """Yield the network `name` ("text_encoder", "transformer" or "vae"); drop it afterwards unless it is kept."""
+        """Yield the network `name` ("text_encoder", "transformer" or "vae"); drop it afterwards unless it is kept.
+
+        The transformer comes as `Flux2Blocks`, which is called with `modulations`.
+        """
         model = self._kept.get(name)
         if model is None:
             model = self._build(name)
@@ -53,6 +61,18 @@ class Components:
             if not self.keep:
                 give_memory_back()
 
+    def modulations(self, sigmas: torch.Tensor) -> list[Modulations]:
+        """What the transformer needs to know of each noise level. Those of the last schedule stay: they are small."""
+        levels = sigmas.tolist()
+        if levels != self._modulations[0]:
+            network = self._build("timestep")
+            rows = tabulate(network, levels).split(1)  # type: ignore[arg-type]
+            del network
+            if not self.keep:
+                give_memory_back()
+            self._modulations = levels, [Modulations.from_rows(row) for row in rows]
+        return self._modulations[1]
+
     def vae_for_previews(self) -> Autoencoder:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
         if "vae" in self._kept:
@@ -64,15 +84,17 @@ class Components:
     def drop(self) -> None:
         """Forget every network that was kept."""
         self._kept.clear()
-        self._tokenizer = None
+        self._tokenizer, self._modulations = None, ([], [])
         give_memory_back()
 
     def _build(self, name: str, cast: bool = True) -> nn.Module:
-        config, dtype = self.folder.config(name), self.dtype
+        component, dtype = "transformer" if name == "timestep" else name, self.dtype
+        config = self.folder.config(component)
         model: nn.Module
-        with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
-            if name == "transformer":
-                model = build_and_load(Flux2Transformer, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
+        with self.folder.checkpoint(component) as checkpoint:  # tensors keep their own hold on the mapped file
+            if component == "transformer":
+                network = TimestepNetwork if name == "timestep" else Flux2Blocks
+                model = build_and_load(network, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
             elif name == "text_encoder":
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))

@@ -21,6 +21,7 @@ from typing import Any
 from linocut.errors import UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
+from linocut.formats.names import is_timestep
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 
 MB = 10**6
@@ -140,6 +141,9 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
         with folder.checkpoint(name) as checkpoint:
             layers = max(settings["text_taps"]) if name == "text_encoder" else None
             weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder=name == "vae")
+            if name == "transformer":  # what sees the noise level alone is gone before the rest comes
+                timestep = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint if is_timestep(tensor))
+                weights[name] = max(timestep, weights[name] - timestep)
     held = weights if keep else dict.fromkeys(weights, 0)
     waiting = pictures * latents
     phases = (

@@ -22,6 +22,7 @@ from linocut.errors import Cancelled, UsageError
 from linocut.models.autoencoder import ResnetBlock
 from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
+from linocut.models.modulations import Modulations
 from linocut.models.prompt_tokenizer import TEMPLATE
 from linocut.pipeline.embeddings import Entry
 from linocut.pipeline.measure import Meter, PhaseTiming
@@ -178,13 +179,15 @@ class Run:
         with self.meter.phase("denoise") as timing:
             start = time.perf_counter()
             self._check()
+            schedule = sigmas(self.grid[0] * self.grid[1], request.steps)
+            modulations = pipe.components.modulations(schedule[:-1])
             with pipe.components.use("transformer") as transformer:
                 timing.load_seconds += time.perf_counter() - start
                 image_ids = image_position_ids(*self.grid).to(pipe.device)
                 for job in batch:
                     noise, seed = self._noise(job, transformer.config.in_channels)
                     negative = features[""] if request.guided else None
-                    velocity = self._velocity(transformer, features[job.prompt], negative, image_ids, job)
+                    velocity = self._velocity(transformer, modulations, features[job.prompt], negative, image_ids, job)
                     began = time.perf_counter()
 
                     def on_step(i: int, sigma: float, x: Tensor, x0: Tensor) -> None:
@@ -195,22 +198,21 @@ class Run:
                         self._check()
                         began = time.perf_counter()
 
-                    schedule = sigmas(image_ids.shape[0], request.steps)
                     latents.append(_to_grid(euler(velocity, noise, schedule, on_step), self.grid))
                     seeds.append(seed)
                 del transformer, velocity
         self._keep_timings()
         return latents, seeds
 
-    def _velocity(self, transformer: Any, text: Tensor, negative: Tensor | None, image_ids: Tensor,
-                  job: Job) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the velocity field of one picture: x float32 [1, I, C] and a scalar sigma to [1, I, C]."""
+    def _velocity(self, transformer: Any, modulations: Sequence[Modulations], text: Tensor, negative: Tensor | None,
+                  image_ids: Tensor, job: Job) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the velocity field of one picture: x float32 [1, I, C] at each step's sigma in turn to [1, I, C]."""
         dtype, steps = self.pipe.dtype, self.request.steps
         text_ids = text_position_ids(text.shape[1]).to(image_ids.device)
         passes = 1 if negative is None else 2
         step = 0
 
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        def velocity(x: Tensor, _: Tensor) -> Tensor:
             nonlocal step
             current = step
             step += 1
@@ -219,7 +221,7 @@ class Run:
                 def on_block(done: int, total: int) -> None:
                     self._report("denoise", (current * passes + number) * total + done, steps * passes * total, job,
                                  current)
-                return transformer(x.to(dtype), features.to(dtype), sigma.reshape(1), image_ids, text_ids,
+                return transformer(x.to(dtype), features.to(dtype), modulations[current], image_ids, text_ids,
                                    on_block=on_block)
 
             positive = evaluate(text, 0)

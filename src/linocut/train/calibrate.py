@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linocut.formats.packed import GROUP_SIZE
-from linocut.models.flux2 import Flux2Transformer, rope_tables, time_features
+from linocut.models.flux2 import Flux2Transformer, rope_tables
 from linocut.quantize.gptq import gptq, output_error
 from linocut.quantize.policy import DENSE, Policy
 from linocut.train.loop import autocast
@@ -50,11 +49,9 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
     image, text, single, runs = [], [], [], []
     for batch in batches:
         with autocast(device):
-            features = time_features(batch.sigma, config.timestep_guidance_channels)
-            activated = F.silu(transformer.time_guidance_embed["timestep_embedder"](features))
-            runs.append((transformer.double_stream_modulation_img(activated),
-                         transformer.double_stream_modulation_txt(activated)))
-            single.append(transformer.single_stream_modulation(activated))
+            mod = transformer.modulations(batch.sigma)
+            runs.append((mod.image, mod.text))
+            single.append(mod.single)
             image.append(transformer.x_embedder(batch.latents))
             text.append(transformer.context_embedder(batch.text))
     for index, block in enumerate(transformer.transformer_blocks):
