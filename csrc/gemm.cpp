@@ -38,8 +38,12 @@ std::size_t token_step(std::size_t m, std::size_t panels, std::size_t threads) {
 
 std::vector<GemmChoice> probe() {
     std::vector<GemmChoice> all;
-    for (const GemmVariant* each : {gemm_generic()}) {
-        if (each != nullptr) all.push_back({each, lacking(each->needs)});
+    for (const GemmVariant* each : {
+#if defined(LINOCUT_X86)
+             gemm_avx512vnni(),
+#endif
+             gemm_generic()}) {
+        all.push_back({each, lacking(each->needs)});
     }
     return all;
 }

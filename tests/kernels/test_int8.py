@@ -16,7 +16,7 @@ from kernel_cases import random_packed, relative_error, tensors
 from linocut.errors import KernelError
 from linocut.formats.packed import ENCODINGS, dequantize
 from linocut.kernels import cpu, dispatch, native
-from linocut.kernels.problem import PackedWeight, checked
+from linocut.kernels.problem import PackedWeight, Problem, checked
 
 TOKENS = (1, 2, 7, 16, 17, 33, 256)
 SHAPES = ((2, 128), (3, 384), (33, 640), (65, 768), (130, 896), (48, 3072))
@@ -232,6 +232,20 @@ def test_the_variant_can_be_asked_for(monkeypatch):
         cpu.linear_quantized(cpu.quantize(randn(1, 128)), weight)
     monkeypatch.delenv("LINOCUT_GEMM")
     assert cpu.gemm_variant() == variants()[0]
+
+
+def test_the_plain_product_is_not_chosen_alone(monkeypatch):
+    """On a CPU that no fast variant knows, floats from decoded weights are quicker."""
+    monkeypatch.delenv("LINOCUT_GEMM", raising=False)
+    problem = Problem("cpu", torch.float32, 4, 256, 8, "ternary")
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "gemm_variant", lambda: "generic")
+        assert dispatch.select(problem).name == "native"
+        assert "LINOCUT_KERNEL=int8" in dict(dispatch.explain(problem))["int8"]
+        with dispatch.use_kernel("int8"):
+            assert dispatch.select(problem).name == "int8"
+    monkeypatch.setenv("LINOCUT_GEMM", "generic")
+    assert dispatch.select(problem).name == "int8"
 
 
 def test_what_does_not_fit_is_named():

@@ -116,6 +116,13 @@ class Int8(native.Native):
     name = "int8"
     summary = "activations rounded to int8, packed weights multiplied in C++"
 
+    @property
+    def automatic(self) -> bool:  # type: ignore[override]
+        """Not where only the plain C++ product can run, unless LINOCUT_GEMM asks for it: `native` is faster."""
+        if native.why_no_module() is not None:
+            return True  # `why_not` says so
+        return bool(os.environ.get("LINOCUT_GEMM", "").strip()) or gemm_variant() != "generic"
+
     def why_not(self, problem: Problem) -> str | None:
         if problem.gradients:
             return "a gradient is asked for, and rounded activations have none"

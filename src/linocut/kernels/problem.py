@@ -67,8 +67,11 @@ class Candidate(Protocol):
 
     name: str
     summary: str
-    automatic: bool
-    """False for a kernel that runs only when asked for by name."""
+
+    @property
+    def automatic(self) -> bool:
+        """False for a kernel that runs only when asked for by name."""
+        ...
 
     def why_not(self, problem: Problem) -> str | None:
         """None if this candidate can run the problem, else one line saying why not."""
