@@ -43,6 +43,7 @@ $(VENV)/.run: $(VENV)/.created constraints.txt $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.run
 	@echo "installing what the tests need ..."
+	scripts/prepare_debian.sh --tests $(BIN)/python >/dev/null
 	$(BIN)/python -c '$(REQUIREMENTS)' test release | $(PIP) --requirement /dev/stdin
 	@touch $@
 

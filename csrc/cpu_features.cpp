@@ -8,6 +8,8 @@
 #elif defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__APPLE__) && defined(__aarch64__)
+#include <sys/sysctl.h>
 #endif
 
 namespace linocut {
@@ -50,6 +52,15 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
     const unsigned long caps = getauxval(AT_HWCAP);
     return {{"asimd", (caps & HWCAP_ASIMD) != 0}, {"asimddp", (caps & HWCAP_ASIMDDP) != 0},
             {"i8mm", (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0}};
+#elif defined(__APPLE__) && defined(__aarch64__)
+    const auto has = [](const char* name) {
+        int value = 0;
+        std::size_t size = sizeof value;
+        return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    return {{"asimd", true},
+            {"asimddp", has("hw.optional.arm.FEAT_DotProd")},
+            {"i8mm", has("hw.optional.arm.FEAT_I8MM")}};
 #else
     return {};
 #endif

@@ -37,14 +37,19 @@ std::size_t token_step(std::size_t m, std::size_t panels, std::size_t threads) {
 }
 
 std::vector<GemmChoice> probe() {
-    std::vector<GemmChoice> all;
-    for (const GemmVariant* each : {
+    const GemmVariant* const built[] = {
 #if defined(LINOCUT_X86)
-             gemm_avx512vnni(),
+        gemm_avx512vnni(),
+#if defined(LINOCUT_AVXVNNI)
+        gemm_avxvnni(),
 #endif
-             gemm_generic()}) {
-        all.push_back({each, lacking(each->needs)});
-    }
+        gemm_avx2(),
+#elif defined(LINOCUT_ARM)
+        gemm_neon_i8mm(), gemm_neon_dot(),
+#endif
+        gemm_generic()};
+    std::vector<GemmChoice> all;
+    for (const GemmVariant* each : built) all.push_back({each, lacking(each->needs)});
     return all;
 }
 

@@ -29,7 +29,7 @@ struct GemmVariant {
                      std::size_t first, std::size_t count, const Rows& y);
 };
 
-// The table of each instruction set; null where it is not compiled in. generic is never null.
+// The table of each instruction set; which ones are compiled in is up to CMakeLists.txt. generic always is.
 const GemmVariant* gemm_generic();
 const GemmVariant* gemm_avx2();
 const GemmVariant* gemm_avxvnni();

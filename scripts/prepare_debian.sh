@@ -3,8 +3,15 @@
 # apt-get and the rights for it are there; otherwise one line names the packages. Prints the Python to use on stdout, all
 # else on stderr. Fails only without Python, venv or make: the C++ module is optional.
 #
-#   scripts/prepare_debian.sh [PYTHON]
+# With --tests also to the emulators and the cross compiler with which tests/kernels runs the C++ kernels on other CPUs.
+#
+#   scripts/prepare_debian.sh [--tests] [PYTHON]
 set -u
+tests=""
+if [ "${1:-}" = --tests ]; then
+    tests=yes
+    shift
+fi
 python=${1:-}
 
 new_enough() {
@@ -28,9 +35,15 @@ has_compiler() {
     return 1
 }
 
-# Sets `needed` (without these nothing works) and `native` (without these there is no C++ module) to Debian packages.
+# Sets to Debian packages `needed` (without these nothing works), `native` (without these there is no C++ module) and
+# `emulators` (without these some tests fail).
 look() {
-    needed="" native=""
+    needed="" native="" emulators=""
+    if [ -n "$tests" ]; then
+        command -v qemu-x86_64 >/dev/null 2>&1 && command -v qemu-aarch64 >/dev/null 2>&1 || emulators="qemu-user"
+        command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || emulators="$emulators g++-aarch64-linux-gnu"
+        emulators=${emulators# }
+    fi
     command -v make >/dev/null 2>&1 || needed="make"
     [ -n "$python" ] || python=$(find_python)
     if [ -z "$python" ]; then
@@ -63,9 +76,9 @@ if [ -n "$python" ] && ! new_enough "$python"; then
     exit 1
 fi
 look
-if [ -n "$needed$native" ]; then
+if [ -n "$needed$native$emulators" ]; then
     # shellcheck disable=SC2086  # lists of packages
-    install $needed $native || true
+    install $needed $native $emulators || true
     look
 fi
 if [ -n "$needed" ]; then
@@ -76,5 +89,8 @@ fi
 if [ -n "$native" ]; then
     echo "going on without the C++ module, drawing is slower with the reference kernels;" \
         "to have it: apt-get install $native, then make clean and again" >&2
+fi
+if [ -n "$emulators" ]; then
+    echo "tests of the C++ kernels on other CPUs will fail; to have them pass: apt-get install $emulators" >&2
 fi
 echo "$python"

@@ -21,7 +21,7 @@ esac"""
 @pytest.fixture
 def machine(tmp_path):
     """A PATH of its own: a shell, what the script itself uses, and the programs and features that a test adds."""
-    def make(*features, programs=(), user=1000):
+    def make(*features, programs=(), user=1000, arguments=()):
         for tool in ("dirname", "env"):
             (tmp_path / tool).symlink_to(shutil.which(tool))
         for name, body in [("make", "exit 0"), ("id", f"echo {user}"), *programs]:
@@ -30,7 +30,8 @@ def machine(tmp_path):
         for feature in features:
             (tmp_path / feature).touch()
         environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {"PATH": str(tmp_path)}
-        return subprocess.run(["/bin/sh", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(["/bin/sh", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True,
+                              timeout=60)
 
     return make
 
@@ -87,3 +88,12 @@ def test_without_the_right_to_install_it_does_not_try(machine, tmp_path):
     programs = [("python3", PYTHON), COMPILER, ("apt-get", f"echo asked >{here}"), ("sudo", "exit 1")]
     assert machine("venv", programs=programs).returncode == 0
     assert not here.exists()
+
+
+def test_what_only_tests_need_is_asked_for_only_by_them(machine, tmp_path):
+    here = tmp_path / "asked"
+    programs = [("python3.11", PYTHON), COMPILER, ("apt-get", f'echo "$@" >>{here}')]
+    result = machine("venv", "headers", programs=programs, user=0, arguments=["--tests"])
+    assert (result.returncode, result.stdout) == (0, "python3.11\n")
+    assert here.read_text().splitlines()[1].endswith(" qemu-user g++-aarch64-linux-gnu")
+    assert "tests of the C++ kernels on other CPUs will fail" in result.stderr
