@@ -9,11 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_dense import TINY
 
 from linocut.cli import main
+from linocut.formats.checkpoint import write_checkpoint
 from linocut.formats.folder import ModelFolder
+from linocut.formats.timestep_table import TABLE_FILE
 from linocut.models import synthetic
 from linocut.models.flux2 import Flux2Config
 
@@ -38,6 +41,24 @@ def test_report_as_table_and_as_json(capsys, dense_model, tmp_path):
     assert list(report["totals"]) == ["transformer"]
     assert sum(tensor["encoding"] == "binary" for tensor in report["tensors"]) == 30
     assert ModelFolder.open(tmp_path / "b").has("text_encoder")
+
+
+def test_a_timestep_table_is_made_and_told(capsys, dense_model, tmp_path):
+    code, out, err = run(capsys, "quantize", dense_model, tmp_path / "a", "--encoding", "binary", "--timestep-table")
+    assert code == 0, err
+    nbytes = (tmp_path / "a/transformer" / TABLE_FILE).stat().st_size
+    assert f"timestep table: {nbytes:,} bytes" in out
+    assert "timestep_weights: 0 packed and 6 dense tensors" in out
+    code, out, _ = run(capsys, "quantize", dense_model, tmp_path / "b", "--encoding", "binary", "--timestep-table",
+                       "--json")
+    assert json.loads(out)["timestep_table_bytes"] == nbytes
+    policy = tmp_path / "p.toml"
+    policy.write_text("[[rules]]\npattern = '.*'\nencoding = 'binary'\n")
+    other = tmp_path / "other.safetensors"
+    write_checkpoint(other, {"layer.weight": np.ones((4, 128), np.float32)})
+    code, _, err = run(capsys, "quantize", other, tmp_path / "c", "--policy", policy, "--timestep-table")
+    assert code == 2
+    assert "none of the layers that a timestep table stands for" in err
 
 
 def test_policy_file(capsys, dense_model, tmp_path):
@@ -120,6 +141,10 @@ def test_bench_makes_draws_and_measures(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "m/binary", "--make-only")
     assert code == 2
     assert "holds a binary model already" in err
+    code, _, err = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "m/binary", "--make-only",
+                       "--encoding", "binary", "--timestep-table")
+    assert code == 2
+    assert "without a timestep table already" in err
     code, out, _ = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "s", "--source", "bf16")
     assert code == 0
     assert "klein-4b bf16" in out

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from linocut.formats.checkpoint import Checkpoint, write_checkpoint
+from linocut.formats.timestep_table import VECTORS
 from linocut.models.convert import build_and_load, packed_state, quantize_
 from linocut.models.flux2 import Flux2Blocks, Flux2Config, Flux2Transformer, image_position_ids, text_position_ids
-from linocut.models.modulations import VECTORS, Modulations, TimestepNetwork, tabulate
+from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.quantize.policy import Policy
 
 CONFIG = Flux2Config(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=128, num_attention_heads=1,

@@ -14,6 +14,7 @@ from linocut.models.convert import build_and_load
 from linocut.models.flux2 import Flux2Config, Flux2Transformer, image_position_ids, text_position_ids
 from linocut.models.prompt_tokenizer import PromptTokenizer
 from linocut.models.synthetic import KNOWN, PARTS, _Weights, synthetic_tokenizer, write_synthetic
+from linocut.pipeline.schedule import make_timestep_table
 
 
 @pytest.mark.parametrize(("encoding", "transformer", "text_encoder"), [
@@ -25,6 +26,9 @@ def test_kleins_sizes_to_the_byte(tmp_path, encoding, transformer, text_encoder)
     assert jobs["text_encoder"].nbytes == text_encoder
     assert jobs["vae"].nbytes == 2 * 84_046_115 + 2 * 256 + 8
     assert len(jobs["transformer"].packed) == (0 if encoding == "bf16" else 100)
+    parts = [_Weights(tmp_path, KNOWN["klein-4b"], kind, encoding)
+             for kind in ("transformer without timestep", "timestep")]
+    assert [part.nbytes for part in parts] == [transformer - 341_311_488, 341_311_488]
 
 
 def test_a_folder_is_sound_and_does_not_depend_on_the_order_of_making(tmp_path):
@@ -39,6 +43,21 @@ def test_a_folder_is_sound_and_does_not_depend_on_the_order_of_making(tmp_path):
     for component in ("transformer", "text_encoder", "vae"):
         with folder.checkpoint(component) as checkpoint:
             assert checkpoint.verify() == len(checkpoint.names)
+
+
+def test_a_timestep_table_takes_its_layers_out_of_the_transformer(tmp_path):
+    write_synthetic(tmp_path / "plain", TINY, "binary", ("transformer",))
+    write_synthetic(tmp_path / "table", TINY, "binary", ("transformer",), make_table=make_timestep_table)
+    folder = ModelFolder.open(tmp_path / "table")
+    with ModelFolder.open(tmp_path / "plain").checkpoint("transformer") as whole:
+        names = []
+        for component in ("transformer", "timestep_weights"):
+            checkpoint = folder.weight_files()[component]
+            for name in checkpoint.names:
+                assert checkpoint.array(name).tobytes() == whole.array(name).tobytes()
+            names += checkpoint.names
+        assert sorted(names) == sorted(whole.names)
+    assert folder.timestep_table().width == TINY.transformer.width
 
 
 @pytest.mark.parametrize("encoding", ["binary", "ternary", "bf16"])

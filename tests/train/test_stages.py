@@ -19,6 +19,7 @@ from linocut.formats.folder import ModelFolder
 from linocut.kernels.dispatch import use_kernel
 from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
 from linocut.pipeline.generate import Pipeline
+from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae
 from linocut.train.dataset import LatentBank, make_tokenizer
 from linocut.train.export import FOLDERS, quantized
@@ -104,13 +105,14 @@ def test_what_ships_computes_what_was_trained(trained, encoding):
     ids, mask = pipe.components.tokenizer.encode(["three red apples", ""])
     latents = torch.randn(2, 4, trained.recipe.transformer.in_channels, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.3])
+    schedule = Schedule(torch.tensor([0.9, 0.3, 0.0]), tokens=4)
     text = student.read(ids, mask)
     with use_kernel("native"), pipe.components.use("text_encoder") as encoder:  # float activations, as in training
         torch.testing.assert_close(encoder(ids, mask), text, rtol=1e-4, atol=1e-4)
     with use_kernel("native"), pipe.components.use("transformer") as transformer:
         packed = torch.cat([
             transformer(latents[i : i + 1], text[i : i + 1], modulations, student.image_ids, student.text_ids)
-            for i, modulations in enumerate(pipe.components.modulations(sigma))])
+            for i, modulations in enumerate(pipe.components.modulations(schedule))])
     torch.testing.assert_close(packed, student.velocity(latents, text, sigma), rtol=1e-4, atol=1e-4)
     with folder.checkpoint("transformer") as checkpoint:
         assert {entry.encoding for entry in checkpoint.packed.values()} == {encoding, "affine4"}

@@ -20,6 +20,7 @@ from linocut.cli.generate import Size
               help="Where to make (or find) the model folder; without it, a temporary one.")
 @click.option("--encoding", type=click.Choice(["ternary", "binary", "both"]), default="ternary", show_default=True,
               help="Transformer weights; 'both' makes DIR/ternary and DIR/binary.")
+@click.option("--timestep-table", is_flag=True, help="Make it with a timestep table, as 'linocut quantize' does.")
 @click.option("--source", "source", type=click.Choice(["bf16"]),
               help="Make a dense model instead, as input for 'linocut quantize' (transformer only by default).")
 @click.option("--parts", metavar="LIST", help="Components to make, comma separated: transformer, text_encoder, vae, "
@@ -29,8 +30,9 @@ from linocut.cli.generate import Size
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads for drawing; all cores by default.")
 @click.option("--make-only", is_flag=True, help="Make the model, do not draw.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
-def command(synthetic: str, out: Path | None, encoding: str, source: str | None, parts: str | None,
-            size: tuple[int, int], steps: int, threads: int | None, make_only: bool, as_json: bool) -> None:
+def command(synthetic: str, out: Path | None, encoding: str, timestep_table: bool, source: str | None,
+            parts: str | None, size: tuple[int, int], steps: int, threads: int | None, make_only: bool,
+            as_json: bool) -> None:
     """Measure on random weights of a model's true shapes.
 
     The folder is made once (deterministic, in little memory) and used again by the next run.
@@ -41,6 +43,7 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
     from linocut.errors import UsageError
     from linocut.models.synthetic import KNOWN, PARTS, share_parts, write_synthetic
     from linocut.pipeline.memory import check_size
+    from linocut.pipeline.schedule import make_timestep_table
 
     chosen = tuple(part.strip() for part in parts.split(",")) if parts else (
         ("transformer",) if source else PARTS)
@@ -59,11 +62,12 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
         folders = [root / name if len(encodings) > 1 else root for name in encodings]
         for name, folder in zip(encodings, folders, strict=True):
             start = time.monotonic()
-            _refuse_other(folder, name)
+            _refuse_other(folder, name, timestep_table)
             if folder != folders[0]:
                 share_parts(folders[0], folder, tuple(part for part in chosen if part != "transformer"))
             with Bar("making") as bar:
-                write_synthetic(folder, KNOWN[synthetic], name, chosen, bar.update)
+                write_synthetic(folder, KNOWN[synthetic], name, chosen, bar.update,
+                                make_timestep_table if timestep_table else None)
             facts = {"model": synthetic, "encoding": name, "folder": str(folder),
                      "make_seconds": round(time.monotonic() - start, 2), "bytes": _sizes(folder)}
             if not make_only and not source:
@@ -75,10 +79,11 @@ def command(synthetic: str, out: Path | None, encoding: str, source: str | None,
         click.echo(json.dumps(measured, indent=2))
 
 
-def _refuse_other(folder: Path, encoding: str) -> None:
-    """A folder may be used again, but not for another encoding."""
+def _refuse_other(folder: Path, encoding: str, timestep_table: bool) -> None:
+    """A folder may be used again, but not for another encoding, nor with a table where there is none or without one."""
     from linocut.errors import UsageError
     from linocut.formats.checkpoint import Checkpoint
+    from linocut.formats.names import is_timestep
 
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists() and not file.exists():
@@ -88,18 +93,22 @@ def _refuse_other(folder: Path, encoding: str) -> None:
     if file.exists():
         with Checkpoint.open(file) as checkpoint:
             found = next((entry.encoding for entry in checkpoint.packed.values()), "bf16")
+            tabulated = not any(map(is_timestep, checkpoint))
+        if tabulated != timestep_table:
+            what = "holds a model with a timestep table" if tabulated else "holds a model without a timestep table"
+            raise UsageError(f"{folder}: {what} already; choose another folder, or "
+                             f"{'add' if tabulated else 'leave out'} --timestep-table")
         if found != encoding:
             raise UsageError(f"{folder}: holds a {found} model already; choose another folder for {encoding}")
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    from linocut.formats.checkpoint import Checkpoint
+    from linocut.formats.folder import ModelFolder
 
     sizes = {}
-    for part in ("transformer", "text_encoder", "vae"):
-        if (folder / part).is_dir():
-            with Checkpoint.open(folder / part) as checkpoint:
-                sizes[part] = checkpoint.tensor_nbytes
+    for part, checkpoint in ModelFolder.open(folder).weight_files().items():
+        with checkpoint:
+            sizes[part] = checkpoint.tensor_nbytes
     return sizes
 
 

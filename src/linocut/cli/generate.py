@@ -170,7 +170,8 @@ class Job:
         model = self.options["model"]
         self.model, self.dtype = recipe.model if model is None else model, recipe.dtype
         return {"prompt": recipe.prompt, "width": recipe.width, "height": recipe.height, "seed": recipe.seed,
-                "num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
+                "num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance,
+                "schedule_tokens": recipe.schedule_tokens}
 
     # ---- where to --------------------------------------------------------------------------------------------------
 

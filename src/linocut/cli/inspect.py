@@ -43,7 +43,7 @@ def command(target: str, verify: bool, as_json: bool, tensors: bool) -> None:
 def _open(target: str) -> tuple[dict[str, Any], dict[str, "Checkpoint"]]:
     """The beginning of the report, and the checkpoints by component; a lone file is one component."""
     from linocut.formats.checkpoint import Checkpoint
-    from linocut.formats.folder import COMPONENTS, ModelFolder
+    from linocut.formats.folder import ModelFolder
 
     path = Path(target)
     if path.is_file() or (path.is_dir() and not (path / "model_index.json").exists()):
@@ -51,9 +51,8 @@ def _open(target: str) -> tuple[dict[str, Any], dict[str, "Checkpoint"]]:
         report: dict[str, Any] = {"name": path.resolve().name, "path": str(path), "hash": checkpoint.fingerprint()[:12]}
         return report | {"components": {}}, {"file" if path.is_file() else path.resolve().name: checkpoint}
     folder = ModelFolder.open(target)
-    weights = [part for part in COMPONENTS if part not in ("tokenizer", "scheduler") and folder.has(part)]
     report = {"name": folder.name, "path": str(folder.root), "hash": folder.hash(), "settings": folder.settings}
-    return report | {"components": {}}, {part: folder.checkpoint(part) for part in weights}
+    return report | {"components": {}}, folder.weight_files()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

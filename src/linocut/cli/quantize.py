@@ -11,7 +11,7 @@ from linocut.cli._progress import Bar
 from linocut.cli._signals import sigterm_interrupts
 
 if TYPE_CHECKING:
-    from linocut.quantize.stream import Report
+    from linocut.quantize.stream import MakeTable, Report
 
 
 @click.command()
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
               help="Which layers get which encoding (TOML or JSON); without it, FLUX.2's block linears.")
 @click.option("--text-encoder", type=click.Choice(["affine4", "keep"]), default="affine4", show_default=True,
               help="Four bits, cut after the last layer in use; or as it is.")
+@click.option("--timestep-table", is_flag=True, help="Evaluate what depends on the noise level alone for the usual "
+              "sizes and the model's number of steps, and make the weights that do it an optional file.")
 @click.option("--force", is_flag=True, help="Replace the model at DST if there is one.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Rounding threads; all cores by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(source: str, destination: Path, encoding: str | None, policy_file: Path | None, text_encoder: str,
-            force: bool, threads: int | None, as_json: bool) -> None:
+            timestep_table: bool, force: bool, threads: int | None, as_json: bool) -> None:
     """Quantize model SRC into the folder DST.
 
     SRC is a model folder, a Hugging Face id, a transformer's folder, or one .safetensors file of a transformer in
@@ -41,13 +43,18 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     from linocut.quantize.policy import Policy
     from linocut.quantize.stream import quantize_folder
 
+    make_table: MakeTable | None = None
+    if timestep_table:
+        from linocut.pipeline.schedule import make_timestep_table
+
+        make_table = make_timestep_table
     if policy_file is None and encoding is None:
         raise UsageError("say --encoding ternary or --encoding binary, or pass a --policy file")
     policy = None if policy_file is None else Policy.from_file(policy_file, encoding)
     try:
         with sigterm_interrupts(), Bar("quantizing") as bar:
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
-                                     bar.update)
+                                     bar.update, make_table)
     except KeyboardInterrupt:
         click.echo(f"stopped; nothing was written at {destination}, the same command goes on where it stopped",
                    err=True)
@@ -76,5 +83,8 @@ def _print_report(report: Report) -> None:
             f"{totals['tensor_bytes']:,} bytes ({totals['source_bytes'] / max(1, totals['tensor_bytes']):.2f} times "
             f"smaller), {totals['bits_per_weight']:.3f} bits per weight, relative error of the packed weights "
             f"{totals['relative_error']:.4f}")
+    if report.timestep_table:
+        click.echo(f"timestep table: {report.timestep_table:,} bytes; it makes the file of timestep_weights optional, "
+                   "which only other numbers of steps need")
     again = f", {report.resumed} tensors taken over from an earlier run" if report.resumed else ""
     click.echo(f"wrote {report.destination} in {report.seconds:.1f} s{again}")

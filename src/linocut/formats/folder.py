@@ -15,8 +15,9 @@ from typing import Any
 from linocut.errors import FormatError, ModelNotFoundError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.header import strict_json
+from linocut.formats.timestep_table import TABLE_FILE, WEIGHTS_FILE, TimestepTable, has_table
 
-__all__ = ["COMPONENTS", "EMBEDDED", "HUB_PATTERNS", "ModelFolder"]
+__all__ = ["COMPONENTS", "EMBEDDED", "HUB_PATTERNS", "ModelFolder", "read_settings"]
 
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 # name -> folder of its transformer; both share everything else
@@ -89,6 +90,35 @@ class ModelFolder:
         """The component's weights, opened by memory mapping."""
         return Checkpoint.open(self.path(component))
 
+    def timestep_table(self) -> TimestepTable | None:
+        """The transformer's timestep table, or None if its config names none."""
+        return TimestepTable.open(self.path("transformer") / TABLE_FILE) if self._has_table() else None
+
+    def _has_table(self) -> bool:
+        config = self.path("transformer") / "config.json"
+        return config.is_file() and has_table(_read_json(config), config)
+
+    def timestep_weights(self) -> Checkpoint | None:
+        """The file with the transformer's layers that see the noise level alone.
+
+        That is the transformer's own, or beside a timestep table an optional one; None if that was left out.
+        """
+        if not self._has_table():
+            return self.checkpoint("transformer")
+        file = self.path("transformer") / WEIGHTS_FILE
+        return Checkpoint.open(file) if file.is_file() else None
+
+    def weight_files(self) -> dict[str, Checkpoint]:
+        """Every file of weights there is, by component; a timestep table and its weights count as components."""
+        found = {part: self.checkpoint(part) for part in ("transformer", "text_encoder", "vae") if self.has(part)}
+        table = self.timestep_table()
+        if table is not None:
+            found["timestep_table"] = table.checkpoint
+            weights = self.timestep_weights()
+            if weights is not None:
+                found["timestep_weights"] = weights
+        return found
+
     @property
     def settings(self) -> dict[str, Any]:
         """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps, is_distilled.
@@ -97,7 +127,7 @@ class ModelFolder:
         index's own key (false if absent, as in FLUX.2-klein-base).
         """
         if self._settings is None:
-            self._settings = _settings(self.index, self.root / "model_index.json")
+            self._settings = read_settings(self.index, self.root / "model_index.json")
         return dict(self._settings)
 
     def hash(self) -> str:
@@ -107,9 +137,9 @@ class ModelFolder:
         """
         if self._hash is None:
             digest = hashlib.sha256()
-            for component in ("transformer", "text_encoder", "vae"):
-                if self.has(component):
-                    with self.checkpoint(component) as checkpoint:
+            for component, checkpoint in self.weight_files().items():
+                with checkpoint:
+                    if component != "timestep_weights":  # the same model with and without this optional file
                         digest.update(f"{component} {checkpoint.fingerprint()}\n".encode())
             self._hash = digest.hexdigest()[:12]
         return self._hash
@@ -137,7 +167,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
+def read_settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`ModelFolder.settings` of the index in the file `path`. Raises FormatError."""
     own = index.get("linocut", {})
     if not isinstance(own, dict):
         raise FormatError("key 'linocut' has the wrong form", path=path, expected="an object", found=type(own).__name__)
@@ -172,7 +203,8 @@ def _from_hub(name: str) -> Path:
                                  f"{_possible()}") from None
     repository, _, revision = name.partition("@")
     try:
-        root = snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
+        root = snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS),
+                                 ignore_patterns=[f"*/{WEIGHTS_FILE}"])
     except Exception as error:  # the library's errors differ between versions; all mean that the model is not here
         raise ModelNotFoundError(f"no model {name!r}: {_hub_failure(error)}; {_possible()}") from error
     if not (Path(root) / "model_index.json").is_file():

@@ -18,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linocut.formats.names import is_timestep
+from linocut.formats.timestep_table import VECTORS
 from linocut.kernels import dispatch
 from linocut.kernels.blocked import block_rows
 from linocut.models.configs import Flux2Config
 from linocut.models.linear import PackedLinear
-
-VECTORS = 17
-"""Vectors of width D in `Modulations`: 6 for the image stream, 6 for the text stream, 3 for the single one, 2 last."""
 
 
 class Modulations(NamedTuple):
@@ -126,7 +124,9 @@ def tabulate(network: TimestepNetwork, sigmas: Sequence[float] | Tensor) -> Tens
                                network.single_stream_modulation.linear, network.norm_out["linear"]]
     parts = [_products(layer, activated).unflatten(1, (-1, network.config.width)) for layer in layers]
     parts[-1] = parts[-1].flip(1)  # the last norm's weight holds scale before shift
-    return torch.cat(parts, dim=1)
+    rows = torch.cat(parts, dim=1)
+    assert rows.shape[1] == VECTORS
+    return rows
 
 
 def _products(layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:

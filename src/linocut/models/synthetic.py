@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 from linocut.errors import UsageError
-from linocut.formats.checkpoint import CheckpointWriter, atomic_write_bytes
+from linocut.formats.checkpoint import Checkpoint, CheckpointWriter, atomic_write_bytes, write_checkpoint
+from linocut.formats.names import is_timestep
 from linocut.formats.packed import PackedTensor, groups, pack, packed_nbytes, row_bytes
+from linocut.formats.timestep_table import CONFIG_KEY, TABLE_FILE, TABLE_VERSION, WEIGHTS_FILE
 from linocut.models.autoencoder import Autoencoder, AutoencoderConfig
 from linocut.models.flux2 import Flux2Config, Flux2Transformer
 from linocut.models.text_encoder import Qwen3Config, Qwen3Encoder
 from linocut.quantize.policy import DENSE, Policy
-from linocut.quantize.stream import quantization_config
+from linocut.quantize.stream import MakeTable, quantization_config
 
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 TRANSFORMER_ENCODINGS = ("binary", "ternary", "bf16")
@@ -66,12 +68,14 @@ KNOWN = {"klein-4b": SyntheticModel()}
 
 
 def write_synthetic(out: str | Path, model: SyntheticModel, encoding: str = "ternary",
-                    parts: tuple[str, ...] = PARTS, on_progress: OnProgress | None = None) -> None:
+                    parts: tuple[str, ...] = PARTS, on_progress: OnProgress | None = None,
+                    make_table: MakeTable | None = None) -> None:
     """Write a model folder at `out`, which may exist if it lacks the parts asked for.
 
     encoding: "binary" or "ternary" packs the transformer and the text encoder (affine4); "bf16" writes both dense, as
-    a source to quantize. on_progress(bytes done, bytes in all, tensor) is called after each tensor. An interrupted run
-    leaves no unfinished weight file, and the next one goes on with the parts that are missing.
+    a source to quantize. `make_table` adds a timestep table, as in `quantize_folder`. on_progress(bytes done, bytes in
+    all, tensor) is called after each tensor. An interrupted run leaves no unfinished weight file, and the next one goes
+    on with the parts that are missing.
     """
     if encoding not in TRANSFORMER_ENCODINGS:
         raise UsageError(f"unknown encoding {encoding!r}; choose from {', '.join(TRANSFORMER_ENCODINGS)}")
@@ -80,7 +84,10 @@ def write_synthetic(out: str | Path, model: SyntheticModel, encoding: str = "ter
         raise UsageError(f"unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [_Weights(out, model, part, encoding) for part in parts if part != "tokenizer"]
+    jobs = [_Weights(out, model, part, encoding) for part in parts if part not in ("transformer", "tokenizer")]
+    if "transformer" in parts:
+        kinds = ("transformer",) if make_table is None else ("transformer without timestep", "timestep")
+        jobs = [*(_Weights(out, model, kind, encoding) for kind in kinds), *jobs]
     jobs = [job for job in jobs if not job.path.exists()]
     total = sum(job.nbytes for job in jobs)
     free = shutil.disk_usage(out).free
@@ -92,6 +99,11 @@ def write_synthetic(out: str | Path, model: SyntheticModel, encoding: str = "ter
             done += nbytes
             if on_progress is not None:
                 on_progress(done, total, f"{job.part}.{name}")
+    if "transformer" in parts and make_table is not None and not (out / "transformer" / TABLE_FILE).exists():
+        with Checkpoint.open(out / "transformer" / WEIGHTS_FILE) as weights:
+            settings = {"default_size": model.default_size, "default_steps": 4}
+            write_checkpoint(out / "transformer" / TABLE_FILE,
+                             make_table(model.transformer.to_dict(), settings, weights), {"format": "pt"})
     if "tokenizer" in parts:
         (out / "tokenizer").mkdir(exist_ok=True)
         atomic_write_bytes(out / "tokenizer" / "tokenizer.json", synthetic_tokenizer(model.ordinary_tokens))
@@ -131,10 +143,14 @@ def _write_frame(out: Path, model: SyntheticModel) -> None:
 
 
 class _Weights:
-    """One weight file: which tensors it holds, how big it is, and how it is written."""
+    """One weight file: which tensors it holds, how big it is, and how it is written.
 
-    def __init__(self, out: Path, model: SyntheticModel, part: str, encoding: str) -> None:
-        self.part, self.folder, self.seed = part, out / part, model.seed
+    `kind` is a part, or one of the two files of a transformer with a timestep table.
+    """
+
+    def __init__(self, out: Path, model: SyntheticModel, kind: str, encoding: str) -> None:
+        part = self.part = "transformer" if "timestep" in kind else kind
+        self.folder, self.seed = out / part, model.seed
         if part == "transformer":
             network, config = _meta(Flux2Transformer, model.transformer), model.transformer.to_dict()
             policy = None if encoding == "bf16" else Policy.preset("flux2", encoding)
@@ -155,6 +171,13 @@ class _Weights:
             self.packed = {name: (chosen, (modules[name][0], modules[name][1]))
                            for name, (chosen, _) in policy.plan(modules).items() if chosen != DENSE}
         self.dense = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in self.packed}
+        if "timestep" in kind:
+            self.config |= {CONFIG_KEY: {"format_version": TABLE_VERSION}}
+            if kind == "timestep":
+                self.path = self.folder / WEIGHTS_FILE
+            self.dense, self.packed = ({name: entry for name, entry in entries.items()
+                                        if is_timestep(name) == (kind == "timestep")}
+                                       for entries in (self.dense, self.packed))
 
     @property
     def nbytes(self) -> int:

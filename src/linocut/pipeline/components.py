@@ -23,6 +23,7 @@ from linocut.models.convert import build_and_load
 from linocut.models.flux2 import Flux2Blocks
 from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
+from linocut.pipeline.schedule import Schedule
 
 
 class Components:
@@ -32,7 +33,7 @@ class Components:
         self.folder, self.dtype, self.device, self.keep = folder, dtype, device, keep
         self._kept: dict[str, nn.Module] = {}
         self._tokenizer: PromptTokenizer | None = None
-        self._modulations: tuple[list[float], list[Modulations]] = ([], [])
+        self._modulations: tuple[Schedule, list[Modulations]] | None = None
         if not keep:
             avoid_fragments()
 
@@ -61,17 +62,27 @@ class Components:
             if not self.keep:
                 give_memory_back()
 
-    def modulations(self, sigmas: torch.Tensor) -> list[Modulations]:
+    def modulations(self, schedule: Schedule) -> list[Modulations]:
         """What the transformer needs to know of each noise level. Those of the last schedule stay: they are small."""
-        levels = sigmas.tolist()
-        if levels != self._modulations[0]:
-            network = self._build("timestep")
-            rows = tabulate(network, levels).split(1)  # type: ignore[arg-type]
-            del network
+        kept = self._modulations
+        if kept is None or not torch.equal(kept[0].sigmas, schedule.sigmas):
+            rows = self._modulation_rows(schedule).split(1)
             if not self.keep:
                 give_memory_back()
-            self._modulations = levels, [Modulations.from_rows(row) for row in rows]
-        return self._modulations[1]
+            kept = self._modulations = schedule, [Modulations.from_rows(row) for row in rows]
+        return kept[1]
+
+    def _modulation_rows(self, schedule: Schedule) -> torch.Tensor:
+        if schedule.tabulated:
+            table = self.folder.timestep_table()
+            assert table is not None
+            return torch.from_numpy(table.rows(schedule.tokens, schedule.steps)).to(self.device)
+        config = Flux2Config.from_dict(self.folder.config("transformer"))
+        weights = self.folder.timestep_weights()
+        assert weights is not None  # else there would be no such schedule
+        with weights:
+            network = build_and_load(TimestepNetwork, config, weights)
+        return tabulate(network.to(self.device), schedule.sigmas[:-1])
 
     def vae_for_previews(self) -> Autoencoder:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
@@ -84,17 +95,15 @@ class Components:
     def drop(self) -> None:
         """Forget every network that was kept."""
         self._kept.clear()
-        self._tokenizer, self._modulations = None, ([], [])
+        self._tokenizer, self._modulations = None, None
         give_memory_back()
 
     def _build(self, name: str, cast: bool = True) -> nn.Module:
-        component, dtype = "transformer" if name == "timestep" else name, self.dtype
-        config = self.folder.config(component)
+        config, dtype = self.folder.config(name), self.dtype
         model: nn.Module
-        with self.folder.checkpoint(component) as checkpoint:  # tensors keep their own hold on the mapped file
-            if component == "transformer":
-                network = TimestepNetwork if name == "timestep" else Flux2Blocks
-                model = build_and_load(network, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
+        with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
+            if name == "transformer":
+                model = build_and_load(Flux2Blocks, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
             elif name == "text_encoder":
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))

@@ -71,8 +71,7 @@ class Pipeline:
         _check_model(folder)
         _use_threads(threads)
         if keep_loaded is None:
-            keep_loaded = memory.should_keep({name: memory.component_bytes(folder, name)
-                                              for name in ("transformer", "text_encoder", "vae")})
+            keep_loaded = memory.should_keep(memory.weight_bytes(folder))
         self.components = Components(folder, self.dtype, self.device, keep_loaded)
         self.timings: dict[str, dict[str, Any]] = {}
         self._hash: str | None = None
@@ -202,11 +201,13 @@ def _check_model(folder: ModelFolder) -> None:
     text = Qwen3Config.from_dict(folder.config("text_encoder"))
     vae = AutoencoderConfig.from_dict(folder.config("vae"))
     channels = CELL * CELL * vae.latent_channels
+    table = folder.timestep_table()
     for what, expected, found in (
             ("joint_attention_dim of the transformer", len(folder.settings["text_taps"]) * text.hidden_size,
              transformer.joint_attention_dim),
             ("in_channels of the transformer", channels, transformer.in_channels),
-            ("out_channels of the transformer", channels, transformer.velocity_channels)):
+            ("out_channels of the transformer", channels, transformer.velocity_channels),
+            ("width of the timestep table", transformer.width, transformer.width if table is None else table.width)):
         if expected != found:
             raise FormatError(f"{what} does not fit its neighbours", path=folder.root, expected=expected, found=found)
 

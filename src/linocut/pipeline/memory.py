@@ -123,7 +123,7 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
     text = Qwen3Config.from_dict(folder.config("text_encoder"))
     transformer = Flux2Config.from_dict(folder.config("transformer"))
     vae = AutoencoderConfig.from_dict(folder.config("vae"))
-    disk = {name: component_bytes(folder, name) for name in ("transformer", "text_encoder", "vae")}
+    disk = weight_bytes(folder)
     tokenizer = folder.path("tokenizer")
     disk["tokenizer"] = sum(file.stat().st_size for file in tokenizer.glob("*") if file.is_file())
     keep = should_keep(disk) if keep_loaded is None else keep_loaded
@@ -143,7 +143,7 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
             weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder=name == "vae")
             if name == "transformer":  # what sees the noise level alone is gone before the rest comes
                 timestep = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint if is_timestep(tensor))
-                weights[name] = max(timestep, weights[name] - timestep)
+                weights[name] = max(timestep or disk.get("timestep_weights", 0), weights[name] - timestep)
     held = weights if keep else dict.fromkeys(weights, 0)
     waiting = pictures * latents
     phases = (
@@ -161,10 +161,13 @@ def should_keep(disk: dict[str, int]) -> bool:
     return sum(disk.values()) <= KEEP_BELOW_BYTES
 
 
-def component_bytes(folder: ModelFolder, name: str) -> int:
-    """Size of a component's weight files on disk."""
-    with folder.checkpoint(name) as checkpoint:
-        return checkpoint.file_nbytes
+def weight_bytes(folder: ModelFolder) -> dict[str, int]:
+    """Size of each component's weight files on disk."""
+    sizes = {}
+    for name, checkpoint in folder.weight_files().items():
+        with checkpoint:
+            sizes[name] = checkpoint.file_nbytes
+    return sizes
 
 
 def tile_for(vae: AutoencoderConfig, width: int, height: int) -> int | None:

@@ -27,6 +27,7 @@ RECIPE_KEY = "linocut"
 PARAMETERS_KEY = "parameters"
 SAMPLER = "euler, empirical mu"
 LARGEST_SEED = 2**63 - 1
+MOST_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Recipe:
     """Everything that decides the pixels of one picture, and what it was drawn with.
 
     `seed` is None when the noise came from a generator whose state no seed gives. `tile` is the height in pixels of
-    the strips that the decoder worked in, or None for one piece.
+    the strips that the decoder worked in, or None for one piece. `schedule_tokens` are the image tokens of the size
+    whose noise levels were used, or None if these were the picture's own.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Recipe:
     kernel: str = ""
     device: str = "cpu"
     tile: int | None = None
+    schedule_tokens: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -89,6 +92,9 @@ class Recipe:
         if known["seed"] is not None and not 0 <= known["seed"] <= LARGEST_SEED:
             raise FormatError("'seed' in the recipe is out of range", path=path, expected=f"0..{LARGEST_SEED}",
                               found=known["seed"])
+        if known.get("schedule_tokens") is not None and not 1 <= known["schedule_tokens"] <= MOST_TOKENS:
+            raise FormatError("'schedule_tokens' in the recipe is out of range", path=path,
+                              expected=f"1..{MOST_TOKENS}", found=known["schedule_tokens"])
         return cls(**known)
 
 
@@ -96,7 +102,7 @@ _ABSENT = object()
 _KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,), "model_hash": (str,), "prompt": (str,), "seed": (int, type(None)), "width": (int,),
     "height": (int,), "steps": (int,), "guidance": (int, float), "sampler": (str,), "dtype": (str,), "kernel": (str,),
-    "device": (str,), "tile": (int, type(None)), "versions": (dict,),
+    "device": (str,), "tile": (int, type(None)), "schedule_tokens": (int, type(None)), "versions": (dict,),
 }
 _REQUIRED = {"model", "model_hash", "prompt", "seed", "width", "height", "steps"}
 

@@ -29,13 +29,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request."""
+    """A checked request. `schedule_tokens`: go through the noise levels of pictures of so many tokens instead."""
 
     jobs: tuple[Job, ...]
     width: int
     height: int
     steps: int
     guidance: float
+    schedule_tokens: int | None = None
 
     @property
     def guided(self) -> bool:
@@ -73,12 +74,13 @@ def random_seed() -> int:
 def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width: int | None = None,
                  height: int | None = None, num_inference_steps: int | None = None,
                  seed: int | Sequence[int] | None = None, num_images: int = 1, guidance_scale: float | None = None,
-                 generators: int = 0) -> Request:
+                 generators: int = 0, schedule_tokens: int | None = None) -> Request:
     """Check a request against a model's settings and spell it out as jobs.
 
     Args:
         settings: `ModelFolder.settings`, which give the default size, steps and whether the model is distilled.
         generators: how many noise generators the caller brings instead of seeds; 0 for none.
+        schedule_tokens: image tokens of the size whose noise levels to use; None for the picture's own.
     Raises UsageError for anything that cannot be drawn.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -121,4 +123,4 @@ def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width
                 jobs += [Job(len(jobs) + i, text, check_seed(first + i)) for i in range(num_images)]
         if not jobs:
             raise UsageError("the list of seeds is empty; give at least one, or none at all for a random one")
-    return Request(tuple(jobs), width, height, steps, guidance)
+    return Request(tuple(jobs), width, height, steps, guidance, schedule_tokens)

@@ -28,7 +28,8 @@ from linocut.pipeline.embeddings import Entry
 from linocut.pipeline.measure import Meter, PhaseTiming
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Job, Request
-from linocut.pipeline.sampler import euler, sigmas
+from linocut.pipeline.sampler import euler
+from linocut.pipeline.schedule import choose_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,6 +113,8 @@ class Run:
         self._preview_vae: Autoencoder | None = None
         side = AutoencoderConfig.from_dict(pipe.folder.config("vae")).token_side
         self.grid = (request.height // side, request.width // side)
+        self.schedule = choose_schedule(pipe.folder, self.grid[0] * self.grid[1], request.steps,
+                                        request.schedule_tokens)
 
     def pictures(self) -> Iterator[Picture]:
         """Yield the pictures in order, each as soon as it is ready."""
@@ -129,8 +132,8 @@ class Run:
                     features.update(self._encode(missing, notes, batch[0]))
                 latents, seeds = self._denoise(batch, features)
             for job, seed, image in zip(batch, seeds, self._decode(batch, latents), strict=True):
-                note = notes[job.prompt]
-                yield Picture(image, self._recipe(job, seed), job.index, (note,) if note else ())
+                told = [note for note in (notes[job.prompt], self.schedule.note) if note]
+                yield Picture(image, self._recipe(job, seed), job.index, tuple(told))
 
     def _encode(self, prompts: list[str], notes: dict[str, str | None], job: Job) -> dict[str, Tensor]:
         """Text features of each prompt, from the prompt cache where they are there."""
@@ -179,8 +182,7 @@ class Run:
         with self.meter.phase("denoise") as timing:
             start = time.perf_counter()
             self._check()
-            schedule = sigmas(self.grid[0] * self.grid[1], request.steps)
-            modulations = pipe.components.modulations(schedule[:-1])
+            modulations = pipe.components.modulations(self.schedule)
             with pipe.components.use("transformer") as transformer:
                 timing.load_seconds += time.perf_counter() - start
                 image_ids = image_position_ids(*self.grid).to(pipe.device)
@@ -198,7 +200,7 @@ class Run:
                         self._check()
                         began = time.perf_counter()
 
-                    latents.append(_to_grid(euler(velocity, noise, schedule, on_step), self.grid))
+                    latents.append(_to_grid(euler(velocity, noise, self.schedule.sigmas, on_step), self.grid))
                     seeds.append(seed)
                 del transformer, velocity
         self._keep_timings()
@@ -281,12 +283,14 @@ class Run:
 
     def _recipe(self, job: Job, seed: int | None) -> Recipe:
         pipe, request = self.pipe, self.request
-        tokens = self.grid[0] * self.grid[1] + int(pipe.folder.settings["text_length"])
+        image_tokens = self.grid[0] * self.grid[1]
+        tokens = image_tokens + int(pipe.folder.settings["text_length"])
         device = platform.machine() if pipe.device.type == "cpu" else torch.cuda.get_device_name(pipe.device)
         return Recipe(model=pipe.folder.name, model_hash=pipe.model_hash, prompt=job.prompt, seed=seed,
                       width=request.width, height=request.height, steps=request.steps, guidance=request.guidance,
                       dtype=str(pipe.dtype).removeprefix("torch."), kernel=pipe.kernel(tokens),
                       device=f"{pipe.device.type} {device}", tile=self.tile,
+                      schedule_tokens=None if self.schedule.tokens == image_tokens else self.schedule.tokens,
                       versions={"linocut": __version__, "torch": str(torch.__version__),
                                 "python": platform.python_version()})
 

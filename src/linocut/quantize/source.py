@@ -14,7 +14,7 @@ from typing import Any
 
 from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
-from linocut.formats.folder import ModelFolder
+from linocut.formats.folder import ModelFolder, read_settings
 from linocut.formats.header import strict_json
 from linocut.formats.names import BFLCheckpoint, open_flux2
 
@@ -29,15 +29,16 @@ _QWEN_LAYER = re.compile(r"layers\.(\d+)\.")
 
 @dataclass
 class Source:
-    """An opened source. `carried` maps places in the output to files that go there unchanged."""
+    """An opened source. `settings` are those of a `ModelFolder`; `carried` maps places in the output to files that go
+    there unchanged."""
 
     path: Path
     transformer: Reader
     transformer_config: dict[str, Any]
     index: dict[str, Any]
+    settings: dict[str, Any]
     text_encoder: Checkpoint | None = None
     text_encoder_config: dict[str, Any] = field(default_factory=dict)
-    text_taps: tuple[int, ...] = (9, 18, 27)
     carried: dict[str, Path] = field(default_factory=dict)
 
     def files(self) -> list[Path]:
@@ -80,13 +81,13 @@ def _from_transformer(path: Path, folder: Path) -> Source:
     # Distilled and base models have the same shapes; only the published name tells them apart.
     index = {"_class_name": "Flux2KleinPipeline", "is_distilled": "base" not in path.stem.lower(),
              "transformer": ["diffusers", config.get("_class_name", "Flux2Transformer2DModel")]}
-    return Source(path, reader, config, index)
+    return Source(path, reader, config, index, read_settings(index, path))
 
 
 def _from_folder(src: str | Path, pack_text_encoder: bool) -> Source:
     folder = ModelFolder.open(src)
     source = Source(folder.root, open_flux2(folder.path("transformer")), folder.config("transformer"),
-                    dict(folder.index), text_taps=tuple(folder.settings["text_taps"]))
+                    dict(folder.index), folder.settings)
     carried = [component for component in _CARRIED if folder.has(component)]
     if pack_text_encoder and folder.has("text_encoder"):
         text_encoder = folder.checkpoint("text_encoder")

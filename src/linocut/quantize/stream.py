@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from linocut.errors import FormatError, UsageError
-from linocut.formats.checkpoint import CheckpointWriter, atomic_write_bytes
+from linocut.formats.checkpoint import Checkpoint, CheckpointWriter, atomic_write_bytes, write_checkpoint
 from linocut.formats.header import FORMAT_VERSION
+from linocut.formats.names import is_timestep
 from linocut.formats.packed import GROUP_SIZE, PackedTensor, layout, packed_nbytes
+from linocut.formats.timestep_table import CONFIG_KEY, TABLE_FILE, TABLE_VERSION, WEIGHTS_FILE
 from linocut.quantize.policy import DENSE, Policy
 from linocut.quantize.rounding import quantize_tensor, squared_error
 from linocut.quantize.source import Reader, Source, open_source, text_encoder_names
@@ -34,7 +36,10 @@ from linocut.quantize.workplace import carry, check_apart, check_destination, ch
 __all__ = ["Report", "TensorReport", "quantization_config", "quantize_folder"]
 
 OnProgress = Callable[[int, int, str], None]
+MakeTable = Callable[[Mapping[str, Any], Mapping[str, Any], Checkpoint], Mapping[str, np.ndarray]]
+"""From a transformer's config, the model's settings and the layers that see the noise level to a table's tensors."""
 TEXT_ENCODER_CHOICES = ("affine4", "keep")
+TIMESTEP_WEIGHTS = "timestep_weights"  # the name of their file's job
 
 _ROW_BLOCK = 1 << 21  # weights that one thread rounds at a time
 _RELEASE_EVERY = 1 << 25  # weights after which the source's pages may leave memory
@@ -73,15 +78,19 @@ class TensorReport:
 
 @dataclass
 class Report:
-    """The result of a run: every tensor, the seconds it took and how many tensors an earlier run had finished."""
+    """The result of a run: every tensor, the seconds it took and how many tensors an earlier run had finished.
+
+    `timestep_table` is the size in bytes of the table's file, 0 if none was made.
+    """
 
     destination: Path
     tensors: list[TensorReport]
     seconds: float
     resumed: int
+    timestep_table: int = 0
 
     def of(self, component: str) -> list[TensorReport]:
-        """The tensors of "transformer" or "text_encoder"."""
+        """The tensors of "transformer", "timestep_weights" or "text_encoder"."""
         return [tensor for tensor in self.tensors if tensor.component == component]
 
     def totals(self, component: str) -> dict[str, Any]:
@@ -102,6 +111,7 @@ class Report:
         components = dict.fromkeys(tensor.component for tensor in self.tensors)
         return {
             "destination": str(self.destination), "seconds": round(self.seconds, 3), "resumed_tensors": self.resumed,
+            "timestep_table_bytes": self.timestep_table,
             "totals": {component: self.totals(component) for component in components},
             "tensors": [{"component": t.component, "name": t.name, "encoding": t.encoding, "shape": list(t.shape),
                          "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight, "reason": t.reason,
@@ -114,7 +124,7 @@ class _Job:
     """One weight file to write: targets are {name in the file: name in the source}."""
 
     component: str
-    file: str
+    file: str  # inside the output
     reader: Reader
     targets: dict[str, str]
     config: dict[str, Any]
@@ -122,6 +132,8 @@ class _Job:
     decisions: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.decisions:
+            return
         shapes = {name: self.reader.info(source).shape for name, source in self.targets.items()}
         modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
         chosen = self.policy.plan(modules)
@@ -132,6 +144,16 @@ class _Job:
             if self.decisions[name][0] != DENSE and dtype not in _FLOATS:
                 raise FormatError("cannot quantize weights of this dtype", path=self.reader.path, tensor=name,
                                   expected=" ".join(_FLOATS), found=dtype, advice="start from the unquantized model")
+
+    def without_timestep(self) -> tuple[_Job, _Job]:
+        """This job for a transformer as two: all that sees more than the noise level, and the rest."""
+        parts = []
+        for component, file, timestep in ((self.component, self.file, False),
+                                          (TIMESTEP_WEIGHTS, f"transformer/{WEIGHTS_FILE}", True)):
+            targets = {name: source for name, source in self.targets.items() if is_timestep(name) == timestep}
+            decisions = {name: self.decisions[name] for name in targets}
+            parts.append(_Job(component, file, self.reader, targets, self.config, self.policy, decisions))
+        return parts[0], parts[1]
 
     @property
     def packed(self) -> dict[str, tuple[str, tuple[int, int]]]:
@@ -166,14 +188,15 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
 
 def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Policy | None = None,
                     text_encoder: str = "affine4", force: bool = False, threads: int | None = None,
-                    on_progress: OnProgress | None = None) -> Report:
+                    on_progress: OnProgress | None = None, make_table: MakeTable | None = None) -> Report:
     """Quantize `src` (model folder, transformer folder, transformer file or hub id) into the model folder `dst`.
 
     encoding ("binary" or "ternary") with the FLUX.2 preset, or `policy` for any other choice or model. The text
     encoder becomes affine4, cut after the last layer in use, or is kept as it is; all else goes along by hard link
-    or copy. on_progress(weights done, weights in all, tensor). Any exception, KeyboardInterrupt included, leaves `dst`
-    as it was and the finished tensors for the next run. Raises UsageError for a quantized source, an existing `dst`
-    without `force` and a full disk, PolicyError for a model that the policy does not fit.
+    or copy. `make_table` makes a timestep table (`formats.timestep_table`), and the layers that it stands for go into a
+    file of their own. on_progress(weights done, weights in all, tensor). Any exception, KeyboardInterrupt included,
+    leaves `dst` as it was and the finished tensors for the next run. Raises UsageError for a quantized source, an
+    existing `dst` without `force` and a full disk, PolicyError for a model that the policy does not fit.
     """
     start = time.monotonic()
     if text_encoder not in TEXT_ENCODER_CHOICES:
@@ -184,26 +207,31 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
     threads_before = torch.get_num_threads()
     try:
         check_apart(source.path, dst)
-        jobs = _jobs(source, policy or Policy.preset("flux2", encoding))
+        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None)
         with workplace(dst, _identity(source, jobs)) as work:
             check_disk(work, sum(job.nbytes for job in jobs), list(source.carried.values()))
             torch.set_num_threads(1)  # row blocks run side by side; threads inside each would only get in the way
             reports, resumed = _run(work, jobs, threads or threads_before, on_progress)
-            _complete(work, jobs, source)
+            table_nbytes = 0 if make_table is None else _write_table(work, jobs[1], source.settings, make_table)
+            _complete(work, jobs, source, make_table is not None)
             publish(work, dst, force)
     finally:
         torch.set_num_threads(threads_before)
         source.close()
-    return Report(dst, reports, time.monotonic() - start, resumed)
+    return Report(dst, reports, time.monotonic() - start, resumed, table_nbytes)
 
 
-def _jobs(source: Source, policy: Policy) -> list[_Job]:
-    jobs = [_Job("transformer", "diffusion_pytorch_model.safetensors", source.transformer,
-                 {name: name for name in source.transformer.names}, source.transformer_config, policy)]
+def _jobs(source: Source, policy: Policy, table: bool) -> list[_Job]:
+    transformer = _Job("transformer", "transformer/diffusion_pytorch_model.safetensors", source.transformer,
+                       {name: name for name in source.transformer.names}, source.transformer_config, policy)
+    if table and not any(map(is_timestep, transformer.targets)):
+        raise UsageError(f"{source.path}: has none of the layers that a timestep table stands for; leave out "
+                         "--timestep-table")
+    jobs = list(transformer.without_timestep()) if table else [transformer]
     if source.text_encoder is not None:
-        names = text_encoder_names(source.text_encoder.names, source.text_taps)
-        jobs.append(_Job("text_encoder", "model.safetensors", source.text_encoder, names, source.text_encoder_config,
-                         Policy.preset("qwen3", "affine4")))
+        names = text_encoder_names(source.text_encoder.names, source.settings["text_taps"])
+        jobs.append(_Job("text_encoder", "text_encoder/model.safetensors", source.text_encoder, names,
+                         source.text_encoder_config, Policy.preset("qwen3", "affine4")))
     return jobs
 
 
@@ -215,16 +243,15 @@ def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | N
     pool = ThreadPoolExecutor(workers, thread_name_prefix="linocut-quantize")
     try:
         for job in jobs:
-            folder = work / job.component
-            folder.mkdir(exist_ok=True)
+            (work / job.file).parent.mkdir(exist_ok=True)
             log = work / f"{job.component}.jsonl"
-            if (folder / job.file).exists():  # finished by an earlier run
+            if (work / job.file).exists():  # finished by an earlier run
                 known = list(_read_log(log).values())
                 reports += known
                 resumed += len(known)
                 done += job.weights
                 continue
-            with CheckpointWriter(folder / job.file, job.dense, {"format": "pt"}, job.packed, resume=True) as writer:
+            with CheckpointWriter(work / job.file, job.dense, {"format": "pt"}, job.packed, resume=True) as writer:
                 earlier = _read_log(log)
                 for name in job.targets:
                     encoding = job.decisions[name][0]
@@ -315,17 +342,31 @@ def _identity(source: Source, jobs: list[_Job]) -> str:
         status = file.stat()
         files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
     facts = {"format": FORMAT_VERSION, "files": files,
-             "jobs": [[job.component, job.config, sorted(job.decisions.items())] for job in jobs]}
+             "jobs": [[job.component, job.file, job.config, sorted(job.decisions.items())] for job in jobs]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _complete(work: Path, jobs: list[_Job], source: Source) -> None:
+def _write_table(work: Path, job: _Job, settings: Mapping[str, Any], make_table: MakeTable) -> int:
+    """Write the timestep table from the layers that `job` has written; returns the bytes of the file."""
+    target = work / "transformer" / TABLE_FILE
+    with Checkpoint.open(work / job.file) as weights:
+        write_checkpoint(target, make_table(job.config, settings, weights), {"format": "pt"})
+    nbytes = target.stat().st_size
+    if nbytes >= job.nbytes:
+        raise UsageError(f"a timestep table of this model would take {nbytes:,} bytes, and the weights that it stands "
+                         f"for take {job.nbytes:,}; leave out --timestep-table")
+    return nbytes
+
+
+def _complete(work: Path, jobs: list[_Job], source: Source, table: bool) -> None:
     """Add everything but the weights to the finished folder."""
     for place, file in source.carried.items():
         carry(file, work / place)
     for job in jobs:
-        _write_json(work / job.component / "config.json",
-                    job.config | {"quantization_config": quantization_config(job.policy)})
+        if job.component != TIMESTEP_WEIGHTS:
+            own = {CONFIG_KEY: {"format_version": TABLE_VERSION}} if table and job.component == "transformer" else {}
+            _write_json(work / job.component / "config.json",
+                        job.config | {"quantization_config": quantization_config(job.policy)} | own)
     _write_json(work / "model_index.json", source.index)
 
 
