@@ -1,25 +1,34 @@
 """The autoencoder gives what diffusers gives, and strips give what one piece gives."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from diffusers.models.attention_processor import Attention as ReferenceAttention
 from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image
 
 from linocut.errors import Cancelled, FormatError, UsageError
+from linocut.formats.folder import ModelFolder
 from linocut.models.autoencoder import (
     Attention,
     Autoencoder,
     AutoencoderConfig,
     ResnetBlock,
+    Upsample,
     fit_preview,
     patchify,
+    subpixel_kernels,
     unpatchify,
+    upsampled_rows,
 )
+from linocut.models.convert import build_and_load
 from linocut.models.tiling import decode_in_strips
 
+SHEET = Path(__file__).parent.parent.parent / "docs" / "sheet.png"
 SIZES = {"block_out_channels": (32, 64, 96, 96), "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 32}
 
 
@@ -156,6 +165,61 @@ def test_strips_can_be_stopped_and_refuse_nonsense(pair):
         model.image_from_latents(torch.zeros(1, 64, 2, 2), tile=8, on_tile=stop)
     with pytest.raises(UsageError, match="at least 1 row"):
         model.image_from_latents(torch.zeros(1, 64, 2, 2), tile=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [None, 24])
+@torch.no_grad()
+def test_threads_do_not_move_a_bit(pair, dtype, rows):
+    """At a size whose maps can be cut evenly neither by all of these numbers nor by vectors."""
+    model = Autoencoder(pair[1].config).eval()
+    model.load_state_dict(pair[1].state_dict())
+    model.to(dtype=dtype, memory_format=torch.channels_last)
+    latents = torch.randn(1, 64, 5, 9, generator=torch.Generator().manual_seed(4))
+    before, pictures = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3, 4, 5, 7, 8):
+            torch.set_num_threads(threads)
+            pictures[threads] = model.image_from_latents(latents, tile=rows)
+    finally:
+        torch.set_num_threads(before)
+    assert [threads for threads, picture in pictures.items() if not torch.equal(picture, pictures[1])] == []
+
+
+@torch.no_grad()
+def test_upsampling_by_parts_equals_upsampling_first(pair):
+    upsample = Upsample(32)
+    x = torch.randn(2, 32, 5, 7)
+    with torch.enable_grad():
+        expected = upsample(x)  # the plain way, as in training
+    assert relative_error(upsample(x), expected) < 1e-6
+    kernels = subpixel_kernels(upsample.conv.weight)
+    for low, high in ((0, 1), (1, 4), (3, 10), (9, 10), (2, 8)):
+        rows = upsampled_rows(x, kernels, upsample.conv.bias, low, high)
+        assert relative_error(rows, expected[:, :, low:high]) < 1e-6
+
+
+@torch.no_grad()
+def test_bfloat16_costs_under_a_tenth_of_a_decibel():
+    """On real weights and pictures, against the pictures themselves."""
+    folder = ModelFolder.open("embedded")
+    config = AutoencoderConfig.from_dict(folder.config("vae"))
+    with folder.checkpoint("vae") as checkpoint:
+        exact, half = (build_and_load(Autoencoder, config, checkpoint, dtype=torch.float32) for _ in range(2))
+    half.decoder.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    if half.post_quant_conv is not None:
+        half.post_quant_conv.to(torch.bfloat16)
+    with Image.open(SHEET) as sheet:
+        pixels = torch.from_numpy(np.array(sheet.convert("RGB"))[300:812, 300:812]).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = exact.latents_from_image(pixels)
+    wanted, found = (model.image_from_latents(latents).float().clamp(-1, 1) for model in (exact, half))
+
+    def decibels(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float(-10 * torch.log10(((one - other) / 2).square().mean()))
+
+    assert decibels(wanted, pixels) > 20
+    assert abs(decibels(wanted, pixels) - decibels(found, pixels)) < 0.1
+    assert decibels(wanted, found) > 50
 
 
 # ------------------------------------------------------------------------------------------------ training, preview

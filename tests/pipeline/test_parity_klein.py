@@ -122,6 +122,12 @@ def test_packed_weights_draw_what_diffusers_draws_with_them_unpacked(
         theirs.transformer = dense
 
 
+@pytest.fixture(autouse=True)
+def plainest_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float weights and float32 throughout, as diffusers computes here."""
+    monkeypatch.setenv("LINOCUT_KERNEL", "reference")
+
+
 def compare(theirs: Flux2KleinPipeline, folder: Path, prompt: str, width: int, height: int, steps: int,
             guidance: float | None, seed: int = 7) -> None:
     """Draw with both and compare the latents after every step and the pixels."""

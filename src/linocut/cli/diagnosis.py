@@ -131,6 +131,14 @@ def threads() -> Facts:
     return {"count": count, "reason": reason}
 
 
+def decoder() -> Facts:
+    """The number format that pictures are decoded in on the CPU, with its reason."""
+    from linocut.pipeline.decoding import decoder_dtype
+
+    dtype, reason = decoder_dtype()
+    return {"dtype": dtype, "reason": reason}
+
+
 def kernel_choices() -> list[Facts]:
     """For each encoding and dtype: every candidate with its reason, and the chosen one. Imports torch."""
     import torch

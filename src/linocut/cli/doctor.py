@@ -32,7 +32,7 @@ def command(context: click.Context, brief: bool, as_json: bool) -> None:
     _show_machine(console, report)
     _show_libraries(console, report)
     if not brief:
-        report |= {"torch": diagnosis.torch_build(), "threads": diagnosis.threads(),
+        report |= {"torch": diagnosis.torch_build(), "threads": diagnosis.threads(), "decoder": diagnosis.decoder(),
                    "kernels": diagnosis.kernel_choices()}
         _show_choices(console, report)
         console.print("\n[bold]kernels against the reference[/bold]")
@@ -108,6 +108,7 @@ def _show_choices(console: "Console", report: "Facts") -> None:
           f"oneDNN {'on' if torch['mkldnn'] else 'off'}, BLAS {torch['blas']}")
     _line(console, "threads", f"{threads['count']}: {threads['reason']}")
     _line(console, "dtype", "float32: the default, so that a seed draws the same picture on every machine")
+    _line(console, "decoder", f"{report['decoder']['dtype']}: {report['decoder']['reason']}")
     shown = set()
     for choice in report["kernels"]:
         # One paragraph for all encodings that are decided alike.

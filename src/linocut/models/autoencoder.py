@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from linocut.errors import UsageError
 from linocut.models.configs import CELL, AutoencoderConfig
+from linocut.models.group_norm import GroupNorm, silu_
 
 OnTile = Callable[[int, int], None]
 
@@ -34,7 +35,7 @@ def unpatchify(z: Tensor) -> Tensor:
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, on a CPU as a plain matrix product.
+    """A 1x1 convolution, on a CPU as a plain matrix product on channels-last pixels.
 
     torch's own picks another algorithm for one thread than for several, and pixels shall not depend on that.
     """
@@ -42,8 +43,7 @@ class PointwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        y = torch.matmul(self.weight[:, :, 0, 0], x.flatten(2)).unflatten(2, x.shape[2:])
-        return y if self.bias is None else y + self.bias[:, None, None]
+        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):
@@ -51,16 +51,16 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, NORM_EPS)
+        self.norm1 = GroupNorm(groups, in_channels, NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, NORM_EPS)
+        self.norm2 = GroupNorm(groups, out_channels, NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = PointwiseConv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        h = self.conv1(silu_(self.norm1(x)))
+        h = self.conv2(silu_(self.norm2(h)))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, NORM_EPS)
+        self.group_norm = GroupNorm(groups, channels, NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -107,6 +107,34 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def subpixel_kernels(weight: Tensor) -> list[Tensor]:
+    """Four 2x2 kernels that make of a map what `weight` [O, I, 3, 3] makes of it with each pixel repeated 2x2.
+
+    Kernel 2i + j gives the pixels in odd (1) or even (0) row i and column j. Where two of the nine weights meet the
+    same pixel they are added once instead of multiplied twice: 4/9 of the products.
+    """
+    def merge(w: Tensor, dim: int, odd: int) -> Tensor:
+        a, b, c = w.unbind(dim)
+        return torch.stack((a + b, c) if odd else (a, b + c), dim)
+
+    return [merge(merge(weight.float(), 2, i), 3, j).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+            for i in (0, 1) for j in (0, 1)]
+
+
+def upsampled_rows(x: Tensor, kernels: list[Tensor], bias: Tensor | None, low: int, high: int) -> Tensor:
+    """Rows low..high-1 of x [B, I, H, W] at twice the resolution and convolved, from `subpixel_kernels`."""
+    height, width = x.shape[2:]
+    first, last = low // 2, (high + 1) // 2
+    rows = x[:, :, max(first - 1, 0):min(last + 1, height)]
+    rows = F.pad(rows, (1, 1, int(first == 0), int(last == height)))
+    y = x.new_empty(x.shape[0], 2 * (last - first), 2 * width, len(kernels[0])).permute(0, 3, 1, 2)
+    for i in (0, 1):
+        for j in (0, 1):
+            part = rows[:, :, i:i + last - first + 1, j:j + width + 1]
+            y[:, :, i::2, j::2] = F.conv2d(part, kernels[2 * i + j], bias)
+    return y[:, :, low - 2 * first:high - 2 * first]
+
+
 class Upsample(nn.Module):
     """Double the resolution: each pixel four times, then a convolution."""
 
@@ -115,6 +143,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return upsampled_rows(x, subpixel_kernels(self.conv.weight), self.conv.bias, 0, 2 * x.shape[2])
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -159,14 +189,14 @@ class Encoder(nn.Module):
             DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, last=i == len(widths) - 1)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu_(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -181,14 +211,14 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, last=i == len(widths) - 1)
             for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu_(self.conv_norm_out(x)))
 
 
 class PreviewMap(nn.Module):

@@ -20,39 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linocut.errors import UsageError
-from linocut.models.autoencoder import Autoencoder, OnTile, ResnetBlock, UpBlock, Upsample
+from linocut.models.autoencoder import (
+    Autoencoder,
+    OnTile,
+    ResnetBlock,
+    UpBlock,
+    Upsample,
+    subpixel_kernels,
+    upsampled_rows,
+)
+from linocut.models.group_norm import Moments, silu_
 
 Fetch = Callable[[int, int], Tensor]  # rows lo..hi-1 of a feature map, [1, C, hi - lo, W]
-
-
-class _Moments:
-    """Mean and variance of each channel, gathered strip by strip and merged in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor
-        self.squares: Tensor  # sum of squared distances from the mean
-
-    def add(self, strip: Tensor) -> None:
-        variance, mean = (value.double() for value in torch.var_mean(strip.float(), dim=(2, 3), correction=0))
-        count = strip.shape[2] * strip.shape[3]
-        if self.count == 0:
-            self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)
-        total, distance = self.count + count, mean - self.mean
-        self.squares = self.squares + variance * count + distance**2 * (self.count * count / total)
-        self.mean = self.mean + distance * (count / total)
-        self.count = total
-
-    def activation(self, norm: nn.GroupNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """silu(norm(x)) for strips x of the map that was gathered."""
-        mean = self.mean.unflatten(1, (norm.num_groups, -1))
-        variance = (self.squares / self.count).unflatten(1, (norm.num_groups, -1))
-        centre = mean.mean(2, keepdim=True)
-        variance = (variance + (mean - centre) ** 2).mean(2, keepdim=True)
-        scale = norm.weight.double() * (variance + norm.eps).rsqrt().expand_as(mean).flatten(1)
-        shift = norm.bias.double() - centre.expand_as(mean).flatten(1) * scale
-        scale, shift = (value.to(dtype)[:, :, None, None] for value in (scale, shift))
-        return lambda x: F.silu(torch.addcmul(shift, x, scale), inplace=True)
 
 
 class _Strips:
@@ -86,28 +65,29 @@ def _stored(x: Tensor) -> Fetch:
 
 def _upsampled(conv: nn.Conv2d, x: Tensor) -> Fetch:
     """Rows of conv(x at twice the resolution), computed when asked for."""
-    def doubled(low: int, high: int) -> Tensor:
-        first = low // 2
-        rows = F.interpolate(x[:, :, first:(high + 1) // 2], scale_factor=2.0, mode="nearest")
-        return rows[:, :, low - 2 * first:high - 2 * first]
-
-    return lambda low, high: _conv_rows(conv, doubled, low, high, 2 * x.shape[2])
+    kernels = subpixel_kernels(conv.weight)
+    return lambda low, high: upsampled_rows(x, kernels, conv.bias, low, high)
 
 
-def _residual(block: ResnetBlock, fetch: Fetch, moments: _Moments, x: Tensor | None, like: Tensor,
-              strips: _Strips) -> tuple[Tensor, _Moments]:
-    """One residual block. `x` is the stored input, if there is one: without a shortcut it becomes the output.
+def _new_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty map [1, channels, height, width], channels last."""
+    return like.new_empty(1, height, width, channels).permute(0, 3, 1, 2)
 
-    `like` gives the dtype, the device and (in its last two sizes) the resolution.
+
+def _activation(moments: Moments, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
+    normalize = moments.normalization(norm)
+    return lambda x: silu_(normalize(x))
+
+
+def _residual(block: ResnetBlock, fetch: Fetch, moments: Moments, x: Tensor, height: int, width: int,
+              strips: _Strips) -> tuple[Tensor, Moments]:
+    """One residual block over the map [height, width] behind `fetch`.
+
+    `x` is the map itself if it is stored; a block without a shortcut then writes its output over it.
     """
-    height, width = like.shape[2:]
-    hidden = like.new_empty(1, block.conv1.out_channels, height, width)
-    if block.conv_shortcut is not None:
-        out = torch.empty_like(hidden)
-    else:
-        assert x is not None
-        out = x
-    activate, moments = moments.activation(block.norm1, like.dtype), _Moments()
+    hidden = _new_map(x, block.conv1.out_channels, height, width)
+    out = x if block.conv_shortcut is None else torch.empty_like(hidden)
+    activate, moments = _activation(moments, block.norm1), Moments()
     for top, bottom in strips.over(height):
         low, high = max(top - 1, 0), min(bottom + 1, height)
         rows = fetch(low, high)
@@ -117,7 +97,7 @@ def _residual(block: ResnetBlock, fetch: Fetch, moments: _Moments, x: Tensor | N
         rows = _conv_rows(block.conv1, lambda *_, rows=rows: rows, top, bottom, height)
         moments.add(rows)
         hidden[:, :, top:bottom] = rows
-    activate, moments = moments.activation(block.norm2, like.dtype), _Moments()
+    activate, moments = _activation(moments, block.norm2), Moments()
     for top, bottom in strips.over(height):
         rows = _conv_rows(block.conv2, lambda low, high: activate(hidden[:, :, low:high]), top, bottom, height)
         rows += out[:, :, top:bottom]
@@ -130,7 +110,7 @@ def _decode_one(vae: Autoencoder, z: Tensor, strips: _Strips) -> Tensor:
     decoder = vae.decoder
     # The mid block works at the lowest resolution; its maps are small, and its attention needs all of them.
     x = decoder.mid_block(decoder.conv_in(z if vae.post_quant_conv is None else vae.post_quant_conv(z)))
-    moments = _Moments()
+    moments = Moments()
     moments.add(x)
     strips.tick()
     upsampler: nn.Conv2d | None = None
@@ -139,24 +119,24 @@ def _decode_one(vae: Autoencoder, z: Tensor, strips: _Strips) -> Tensor:
         resnets, last = cast(list[ResnetBlock], list(block.resnets)), block is blocks[-1]
         if upsampler is not None:
             height, width = 2 * x.shape[2], 2 * x.shape[3]
-            fetch, moments = _upsampled(upsampler, x), _Moments()
-            stored = None if last and resnets[0].conv_shortcut is not None else x.new_empty(
-                1, upsampler.out_channels, height, width)
+            fetch, moments = _upsampled(upsampler, x), Moments()
+            # The widest map is computed twice rather than stored, if its block does not need it whole.
+            stored = None if last and resnets[0].conv_shortcut is not None else _new_map(
+                x, upsampler.out_channels, height, width)
             for top, bottom in strips.over(height):
                 rows = fetch(top, bottom)
                 moments.add(rows)
                 if stored is not None:
                     stored[:, :, top:bottom] = rows
             if stored is None:
-                x, moments = _residual(resnets.pop(0), fetch, moments, None, x.new_empty(1).expand(1, 1, height, width),
-                                       strips)
+                x, moments = _residual(resnets.pop(0), fetch, moments, x, height, width, strips)
             else:
                 x = stored
             del fetch, stored
         for resnet in resnets:
-            x, moments = _residual(resnet, _stored(x), moments, x, x, strips)
+            x, moments = _residual(resnet, _stored(x), moments, x, x.shape[2], x.shape[3], strips)
         upsampler = None if last else cast(Upsample, block.upsamplers[0]).conv
-    activate = moments.activation(decoder.conv_norm_out, x.dtype)
+    activate = _activation(moments, decoder.conv_norm_out)
     image = x.new_empty(1, decoder.conv_out.out_channels, *x.shape[2:])
     for top, bottom in strips.over(x.shape[2]):
         image[:, :, top:bottom] = _conv_rows(

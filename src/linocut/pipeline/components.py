@@ -23,6 +23,7 @@ from linocut.models.convert import build_and_load
 from linocut.models.flux2 import Flux2Blocks
 from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
+from linocut.pipeline.decoding import decoder_dtype
 from linocut.pipeline.schedule import Schedule
 
 
@@ -88,9 +89,10 @@ class Components:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
         if "vae" in self._kept:
             return self._kept["vae"]  # type: ignore[return-value]
-        # Without a stored preview map one is fitted by running the decoder, which then has to compute in float32.
+        decoder = self._open_decoder()
+        # Without a stored preview map one is fitted by running the decoder, which then has to be able to compute.
         stored = AutoencoderConfig.from_dict(self.folder.config("vae")).preview
-        return self._build("vae", cast=not stored)  # type: ignore[return-value]
+        return decoder if stored else decoder.made_ready(self._decoder_dtype())
 
     def drop(self) -> None:
         """Forget every network that was kept."""
@@ -98,21 +100,26 @@ class Components:
         self._tokenizer, self._modulations = None, None
         give_memory_back()
 
-    def _build(self, name: str, cast: bool = True) -> nn.Module:
+    def _build(self, name: str) -> nn.Module:
         config, dtype = self.folder.config(name), self.dtype
+        if name == "vae":
+            return self._open_decoder().made_ready(self._decoder_dtype()).to(self.device)
         model: nn.Module
         with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
             if name == "transformer":
                 model = build_and_load(Flux2Blocks, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
-            elif name == "text_encoder":
+            else:
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))
-            else:
-                # A CPU decodes pictures in float32 whatever the transformer runs in: it costs little and bands less.
-                dtype = torch.float32 if self.device.type == "cpu" else dtype
-                model = build_and_load(PictureDecoder, AutoencoderConfig.from_dict(config), checkpoint,
-                                       dtype=dtype if cast else None)
         return model if self.device.type == "cpu" else model.to(self.device)
+
+    def _open_decoder(self) -> "PictureDecoder":
+        with self.folder.checkpoint("vae") as checkpoint:
+            return build_and_load(PictureDecoder, AutoencoderConfig.from_dict(self.folder.config("vae")), checkpoint)
+
+    def _decoder_dtype(self) -> torch.dtype:
+        """On a CPU the decoder's own, whatever the transformer runs in; elsewhere the transformer's."""
+        return getattr(torch, decoder_dtype()[0]) if self.device.type == "cpu" else self.dtype
 
 
 class PictureDecoder(Autoencoder):
@@ -122,6 +129,13 @@ class PictureDecoder(Autoencoder):
         super().__init__(config)
         del self.encoder
         self.quant_conv = None
+
+    def made_ready(self, dtype: torch.dtype) -> "PictureDecoder":
+        """This decoder with its weights in `dtype` and channels last, as CPU convolutions like them best."""
+        for part in (self.decoder, self.post_quant_conv):
+            if part is not None:
+                part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
 
     def rename_key(self, name: str) -> str | None:
         """The name of a checkpoint's tensor in this network, or None for the encoder's."""

@@ -23,6 +23,7 @@ from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
 from linocut.formats.names import is_timestep
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
+from linocut.pipeline.decoding import decoder_dtype
 
 MB = 10**6
 BASE_BYTES = 330 * MB
@@ -134,13 +135,14 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
     features, encode_work = _encode_bytes(text, text_length, len(settings["text_taps"]), size)
     denoise_work, latents = _denoise_bytes(transformer, text_length, image_tokens, size)
     tile = tile_for(vae, width, height)
-    decode_work = _decode_bytes(vae, width, height, tile, 4)  # the decoder runs in float32
+    decoder_size = DTYPE_BYTES[decoder_dtype()[0]]
+    decode_work = _decode_bytes(vae, width, height, tile, decoder_size)
 
     weights = {}
     for name in ("text_encoder", "transformer", "vae"):
         with folder.checkpoint(name) as checkpoint:
             layers = max(settings["text_taps"]) if name == "text_encoder" else None
-            weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder=name == "vae")
+            weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder_size if name == "vae" else 0)
             if name == "transformer":  # what sees the noise level alone is gone before the rest comes
                 timestep = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint if is_timestep(tensor))
                 weights[name] = max(timestep or disk.get("timestep_weights", 0), weights[name] - timestep)
@@ -173,7 +175,7 @@ def weight_bytes(folder: ModelFolder) -> dict[str, int]:
 def tile_for(vae: AutoencoderConfig, width: int, height: int) -> int | None:
     """Return the height in pixels of the strips that the decoder works in, or None to decode in one piece.
 
-    Depends on the model and the size alone, not on the machine: the same recipe gives the same pixels.
+    Depends on the model and the size alone, not on the machine nor on its decoder's dtype: a recipe says it once.
     """
     return TILE_ROWS if _decode_bytes(vae, width, height, None, 4) > TILE_ABOVE_BYTES else None
 
@@ -246,40 +248,38 @@ def _decode_bytes(config: AutoencoderConfig, width: int, height: int, tile: int 
     narrow, wide = channels[0], channels[min(1, len(channels) - 1)]
     area = width * height
     if tile is None:
-        # At full resolution the first block reads the next coarser stage's width: its input, normed and activated
-        # copies and the convolution's reordered input and output are alive together.
-        work = area * (4 * wide + 2 * narrow)
+        # The first residual block of the last stage: its input, the input normalised, and the convolution at work.
+        work = area * (3 * wide + narrow)
     else:
         # Two whole maps of a residual block and its input at half the resolution; all else is as tall as a strip.
         held = [area * (wide / 4 + 2 * narrow)]
         for stage in range(1, len(channels)):
             inner = channels[min(stage + 1, len(channels) - 1)]
             held.append((area >> (2 * stage)) * (inner + 2 * channels[stage]))
-        work = int(max(held)) + 6 * wide * min(tile + 2, height) * width
+        work = int(max(held)) + 5 * wide * min(tile + 2, height) * width
     # The attention at the lowest resolution holds a few maps of the widest stage; its scores are never written out.
     attention = (area >> (2 * (len(channels) - 1))) * channels[-1] * 8
     return max(work, attention) * size + 2 * area * 3 * 4
 
 
-def _touched_bytes(checkpoint: Checkpoint, layers: int | None, tokens: int, decoder: bool) -> int:
-    """Bytes of a checkpoint that become resident: mapped pages that are read, and the decoder's copies in float32.
+def _touched_bytes(checkpoint: Checkpoint, layers: int | None, tokens: int, decoder_size: int) -> int:
+    """Bytes of a checkpoint that become resident: mapped pages that are read, and the decoder's copies.
 
-    `layers` is how many layers of the text encoder are used, None for other networks.
+    `layers` is how many layers of the text encoder are used, None for other networks; `decoder_size` is the bytes of
+    a weight as the decoder computes with it, 0 for other networks.
     """
     total = 0
     for name in checkpoint.names:
         info = checkpoint.info(name)
         if (layers is not None and _layer_index(name) >= layers) or name.startswith("lm_head."):
             continue
-        if decoder and name.startswith(("encoder.", "quant_conv.")):
+        if decoder_size and name.startswith(("encoder.", "quant_conv.")):
             continue
         if "embed_tokens." in name:  # only the rows that are looked up
             total += min(info.nbytes, tokens * _PAGE_CLUSTER)
             continue
-        total += info.nbytes
-        # The transformer and the text encoder read dense weights as they are stored; the decoder's are cast.
-        if decoder and info.dtype in ("F16", "BF16"):
-            total += info.count * 4
+        # The transformer and the text encoder read dense weights as they are stored; the decoder's are laid out anew.
+        total += info.nbytes + info.count * decoder_size
     return total
 
 

@@ -266,9 +266,7 @@ class Run:
                     def on_part(done: int, total: int, job: Job = job) -> None:
                         self._report("decode", done, total, job)
 
-                    # float32 on a CPU; the dtype of the weights elsewhere
-                    z = z.to(next(vae.decoder.parameters()).dtype)
-                    with steady_threads(), _after_blocks(vae.decoder, on_part if self.tile is None else None):
+                    with _after_blocks(vae.decoder, on_part if self.tile is None else None):
                         pixels = vae.image_from_latents(z, tile=self.tile, on_tile=on_part)
                     image = to_image(pixels[0] / 2 + 0.5)
                     del z, pixels
@@ -315,21 +313,6 @@ def cut_off(prompt: str, entry: Entry, length: int) -> str | None:
     lost = prompt[entry.characters:].strip()
     quoted = f"cut off: {lost[:80] + ' ...' if len(lost) > 80 else lost!r}" if lost else "its closing words were cut"
     return f"the prompt takes {entry.tokens} tokens and this model reads {length}; {quoted}"
-
-
-@contextlib.contextmanager
-def steady_threads() -> Iterator[None]:
-    """Run convolutions on 1, 2 or 4 threads, the largest of these that is allowed.
-
-    torch's CPU convolutions cut the picture by the number of threads and take other roads at the seams, so that 3 or
-    8 threads move last bits, and once in 10,000 values a level of the picture. With 1, 2 and 4 the bits are equal.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(next(count for count in (4, 2, 1) if count <= before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
