@@ -44,5 +44,6 @@ Activations activations_of(const Matrix<std::int8_t>& values, const Matrix<float
                            const Matrix<std::int32_t>& sums, std::size_t n);
 
 void bind_gemm(nb::module_& m);
+void bind_fused(nb::module_& m);
 
 }  // namespace linocut

@@ -85,10 +85,10 @@ std::vector<Variant> probe() {
     std::vector<Variant> all;
 #if defined(LINOCUT_X86)
     all.push_back({"avx512", lacking("avx512f avx512bw avx512dq avx512vl avx2 fma"), decoders_avx512(),
-                   quantize_rows_avx512});
-    all.push_back({"avx2", lacking("avx2 fma"), decoders_avx2(), quantize_rows_avx2});
+                   quantize_rows_avx512, row_kernels_avx512()});
+    all.push_back({"avx2", lacking("avx2 fma"), decoders_avx2(), quantize_rows_avx2, row_kernels_avx2()});
 #endif
-    all.push_back({"baseline", "", decoders_baseline(), quantize_rows_baseline});
+    all.push_back({"baseline", "", decoders_baseline(), quantize_rows_baseline, row_kernels_baseline()});
     return all;
 }
 

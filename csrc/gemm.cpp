@@ -2,9 +2,6 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "cpu_features.h"
@@ -12,22 +9,6 @@
 
 namespace linocut {
 namespace {
-
-// Memory of one thread for one panel. It is kept for the next call: fresh pages would cost more than the unpacking.
-void* scratch(std::size_t bytes) {
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
-    thread_local std::unique_ptr<void, Free> memory;
-    thread_local std::size_t size = 0;
-    if (size < bytes) {
-        const std::size_t rounded = ceil_div(bytes, 4096) * 4096;
-        memory.reset(std::aligned_alloc(64, rounded));
-        size = memory == nullptr ? 0 : rounded;
-        if (size == 0) std::abort();  // a fraction of a megabyte; there is nothing left to report with
-    }
-    return memory.get();
-}
 
 // Tokens per task. All of them, so that a panel is unpacked once, unless that leaves threads without work.
 std::size_t token_step(std::size_t m, std::size_t panels, std::size_t threads) {

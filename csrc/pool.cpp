@@ -6,6 +6,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
 
 #if defined(__GLIBC__) && defined(__x86_64__)
@@ -131,6 +133,21 @@ void parallel(std::size_t threads, std::size_t count, Work work, void* context) 
         return;
     }
     the_pool().run(threads, count, work, context);
+}
+
+void* scratch(std::size_t bytes) {
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    thread_local std::unique_ptr<void, Free> memory;
+    thread_local std::size_t size = 0;
+    if (size < bytes) {
+        const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
+        memory.reset(std::aligned_alloc(64, rounded));
+        size = memory == nullptr ? 0 : rounded;
+        if (size == 0) std::abort();  // a fraction of a megabyte; there is nothing left to report with
+    }
+    return memory.get();
 }
 
 }  // namespace linocut

@@ -22,4 +22,8 @@ void parallel(std::size_t threads, std::size_t count, const F& f) {
     parallel(threads, count, work, const_cast<F*>(&f));
 }
 
+// Memory of the calling thread, 64-byte aligned, for the task at hand: the next call may give the same bytes. It is
+// kept, since fresh pages would cost more than many a task.
+void* scratch(std::size_t bytes);
+
 }  // namespace linocut

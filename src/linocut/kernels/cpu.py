@@ -52,6 +52,10 @@ class Activations:
         """Number of tokens."""
         return self.values.shape[0]
 
+    def rows(self, start: int, stop: int) -> "Activations":
+        """Tokens start..stop as views; no copy."""
+        return Activations(self.values[start:stop], self.scales[start:stop], self.sums[start:stop], self.n)
+
     def dequantize(self) -> Tensor:
         """float32 [M, N]: what the products see."""
         groups = self.values[:, : self.n].float().reshape(self.m, -1, GROUP_SIZE)
