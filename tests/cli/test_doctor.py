@@ -46,6 +46,18 @@ def test_json_is_one_object(quick):
     assert report["machine"]["memory_bytes"] > 0
 
 
+def test_blocks_and_attention_are_explained(monkeypatch):
+    facts = diagnosis.fused_models()
+    assert {each["component"] for each in facts} == {"transformer", "text_encoder"}
+    assert all(each["fused"] for each in facts)
+    monkeypatch.setenv("LINOCUT_KERNEL", "reference")
+    assert all("reference" in each["why_not"] for each in diagnosis.fused_models())
+    attention = diagnosis.native_module()["attention"]
+    assert sum(each["chosen"] for each in attention) == 1
+    monkeypatch.setenv("LINOCUT_ATTENTION", "baseline")
+    assert "LINOCUT_ATTENTION" in diagnosis.native_module()["attention"][-1]["reason"]
+
+
 def test_the_prompt_cache_is_shown_with_place_and_size(quick, tmp_path, monkeypatch):
     assert "off: LINOCUT_PROMPT_CACHE=0" in run("--brief").output
     monkeypatch.setenv("LINOCUT_PROMPT_CACHE", "3")

@@ -10,6 +10,9 @@ from tiny_model import TEXT_LENGTH, TRANSFORMER, write_tiny_model
 
 import linocut
 from linocut.errors import Cancelled, FormatError, ModelNotFoundError, UsageError
+from linocut.kernels import native
+from linocut.kernels.dispatch import use_kernel
+from linocut.models.flux2_cpu import FusedTransformer
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.run import Progress
 
@@ -65,6 +68,19 @@ def test_threads_do_not_change_pixels(pipe: Pipeline) -> None:
         torch.set_num_threads(before)
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] == pictures[2]).all()
+
+
+def test_the_recipe_says_what_ran(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.why_no_module() is not None:
+        pytest.skip(f"{native.why_no_module()}")
+    steps = []
+    whole = FusedTransformer.__call__
+    monkeypatch.setattr(FusedTransformer, "__call__", lambda *given, **named: steps.append(1) or whole(*given, **named))
+    assert pipe(PROMPT, seed=3).recipe.kernel == "int8 fused"
+    assert len(steps) == 2
+    with use_kernel("native"):
+        assert pipe(PROMPT, seed=3).recipe.kernel == "native"
+    assert len(steps) == 2
 
 
 def test_a_fresh_generator_equals_its_seed(pipe: Pipeline) -> None:

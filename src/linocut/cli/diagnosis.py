@@ -88,14 +88,15 @@ def native_module() -> Facts:
             "cpu_features": [name for name, supported in module.cpu_features() if supported],
             "decoders": [{"name": name, "why_not": reason or None, "chosen": name == chosen}
                          for name, reason in module.variants()],
-            "products": _products(module.gemm_variants())}
+            "products": _variants(module.gemm_variants(), "LINOCUT_GEMM"),
+            "attention": _variants(module.attention_variants(), "LINOCUT_ATTENTION")}
 
 
-def _products(variants: list[tuple[str, str, str]]) -> list[Facts]:
-    """The variants of the int8 product, best first, each with what it needs and why it is or is not the one."""
-    asked = os.environ.get("LINOCUT_GEMM", "").strip()
+def _variants(variants: list[tuple[str, str, str]], variable: str) -> list[Facts]:
+    """The variants of a kernel, best first, each with what it needs and why it is or is not the one."""
+    asked = os.environ.get(variable, "").strip()
     chosen = asked or next(name for name, _, reason in variants if not reason)
-    why = "asked for by LINOCUT_GEMM" if asked else "the best that this CPU can run"
+    why = f"asked for by {variable}" if asked else "the best that this CPU can run"
     found = []
     for name, needs, reason in variants:
         line = reason or ("chosen: " + why if name == chosen else "works; another one was asked for" if asked else
@@ -160,6 +161,24 @@ def kernel_choices() -> list[Facts]:
                 choices.append({"device": device, "dtype": str(dtype).removeprefix("torch."), "encoding": encoding,
                                 "chosen": chosen.name, "reason": why, "candidates": candidates})
     return choices
+
+
+def fused_models() -> list[Facts]:
+    """Whether the blocks of the models in the package run fused in C++, or layer by layer and why. Imports torch."""
+    from linocut.errors import LinocutError
+    from linocut.formats.folder import EMBEDDED
+    from linocut.pipeline.generate import Pipeline
+
+    found = []
+    for name in EMBEDDED:
+        try:
+            pipe = Pipeline.from_pretrained(name)
+        except LinocutError:
+            continue  # `models()` reports it
+        for component in ("transformer", "text_encoder"):
+            reason = pipe.why_not_fused(component)
+            found.append({"model": name, "component": component, "fused": reason is None, "why_not": reason})
+    return found
 
 
 def kernel_checks(on_check: Callable[[Facts], None] = lambda facts: None) -> list[Facts]:

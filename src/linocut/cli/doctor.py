@@ -33,7 +33,7 @@ def command(context: click.Context, brief: bool, as_json: bool) -> None:
     _show_libraries(console, report)
     if not brief:
         report |= {"torch": diagnosis.torch_build(), "threads": diagnosis.threads(), "decoder": diagnosis.decoder(),
-                   "kernels": diagnosis.kernel_choices()}
+                   "kernels": diagnosis.kernel_choices(), "fused": diagnosis.fused_models()}
         _show_choices(console, report)
         console.print("\n[bold]kernels against the reference[/bold]")
         report["checks"] = diagnosis.kernel_checks(lambda facts: _show_check(console, facts))
@@ -90,6 +90,8 @@ def _show_machine(console: "Console", report: "Facts") -> None:
         _line(console, "  decoder", f"{each['name']:<11} {reason}")
     for each in native.get("products", []):
         _line(console, "  int8 product", f"{each['name']:<11} {each['reason']}")
+    for each in native.get("attention", []):
+        _line(console, "  attention", f"{each['name']:<11} {each['reason']}")
 
 
 def _show_libraries(console: "Console", report: "Facts") -> None:
@@ -122,6 +124,11 @@ def _show_choices(console: "Console", report: "Facts") -> None:
               f"{choice['reason']}")
     for candidate in report["kernels"][0]["candidates"]:
         _line(console, f"  {candidate['name']}", candidate["why_not"] or "can run float32 on the CPU")
+    for reason in dict.fromkeys(each["why_not"] for each in report["fused"]):
+        alike = ", ".join(f"{each['model']} {each['component']}" for each in report["fused"]
+                          if each["why_not"] == reason)
+        how = "fused in C++" if reason is None else f"layer by layer, since {reason}"
+        _line(console, "blocks", f"{alike}: {how}")
 
 
 def _show_check(console: "Console", facts: "Facts") -> None:

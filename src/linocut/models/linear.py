@@ -19,6 +19,7 @@ from linocut.errors import FormatError
 from linocut.formats.packed import PackedTensor, layout
 from linocut.kernels import dispatch
 from linocut.kernels.blocked import SCRATCH_BYTES, block_rows
+from linocut.kernels.problem import PackedWeight, checked
 from linocut.quantize.rounding import fake_quantize, quantize_tensor
 
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16}
@@ -109,6 +110,18 @@ class PackedEmbedding(_Packed):
         rows = dispatch.dequantize(self.codes, self.scales, self.zeros, self.encoding, self.embedding_dim, self.dtype,
                                    rows=ids.reshape(-1))
         return rows.view(*ids.shape, self.embedding_dim)
+
+
+def packed_weight(layer: nn.Module) -> PackedWeight:
+    """The weight of a packed layer as kernels take it; no copy."""
+    if not isinstance(layer, PackedLinear):
+        raise TypeError(f"a packed layer is needed (expected PackedLinear, found {type(layer).__name__})")
+    return checked(layer.codes, layer.scales, layer.zeros, layer.encoding, layer.in_features)
+
+
+def dense_layer(network: nn.Module) -> str | None:
+    """Path of the first Linear in `network` that holds no packed weight; None if all do."""
+    return next((name for name, module in network.named_modules() if isinstance(module, nn.Linear)), None)
 
 
 class _Annealed:

@@ -9,6 +9,7 @@ Components live one after another: prompts are encoded, latents denoised, pictur
 import math
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from linocut import __version__
 from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
-from linocut.kernels import dispatch
+from linocut.kernels import dispatch, fused
 from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.pipeline import embeddings, memory
 from linocut.pipeline.components import Components
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationResult", "Picture", "Pipeline", "Progress", "StepState"]
 
+_IN_BLOCKS = re.compile(r"(blocks|layers)\.\d+\.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -166,15 +168,29 @@ class Pipeline:
         return self._hash
 
     def kernel(self, tokens: int, component: str = "transformer") -> str:
-        """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is."""
+        """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is.
+
+        With " fused" where whole blocks run in C++ (`why_not_fused`).
+        """
         with self.folder.checkpoint(component) as checkpoint:
             layers = [entry for name, entry in checkpoint.packed.items() if not name.endswith("embed_tokens")]
         if not layers:
             return "torch"
         largest = max(layers, key=lambda entry: math.prod(entry.shape))
         o, n = largest.shape
-        return dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, largest.encoding,
+        name = dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, largest.encoding,
                                                 torch.get_num_threads())).name
+        return name if self.why_not_fused(component) else f"{name} fused"
+
+    def why_not_fused(self, component: str) -> str | None:
+        """None if whole blocks of "transformer" or "text_encoder" run in C++ (`kernels.fused`), else the reason."""
+        with self.folder.checkpoint(component) as checkpoint:
+            dense = next((name for name in checkpoint.names if _IN_BLOCKS.search(name) and name.endswith(".weight")
+                          and len(checkpoint.info(name).shape) == 2), None)
+        config = self.folder.config(component)
+        width = Flux2Config.from_dict(config).attention_head_dim if component == "transformer" else \
+            Qwen3Config.from_dict(config).head_dim
+        return fused.why_not(self.device.type, width, dense)
 
     def prompt_cache(self) -> embeddings.PromptCache | None:
         """Text features on disk for what this pipeline computes now, or None if there is no such cache."""

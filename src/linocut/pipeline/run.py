@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from linocut import __version__
 from linocut.errors import Cancelled, UsageError
+from linocut.models import flux2_cpu, text_encoder_cpu
 from linocut.models.autoencoder import ResnetBlock
 from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
@@ -162,7 +163,8 @@ class Run:
         start = time.perf_counter()
         tokenizer = components.tokenizer
         self._check()
-        with components.use("text_encoder") as encoder:
+        with components.use("text_encoder") as network:
+            encoder = text_encoder_cpu.runner(network)
             timing.load_seconds += time.perf_counter() - start
             for number, text in enumerate(prompts):
                 ids, mask = tokenizer.encode([text])
@@ -172,7 +174,7 @@ class Run:
 
                 features = encoder(ids.to(device), mask.to(device), on_layer=on_layer)
                 yield text, Entry(features, tokenizer.count(text), tokenizer.kept(text))
-            del encoder
+            del network, encoder
 
     def _denoise(self, batch: Sequence[Job],
                  features: dict[str, Tensor]) -> tuple[list[Tensor], list[int | None]]:
@@ -183,7 +185,8 @@ class Run:
             start = time.perf_counter()
             self._check()
             modulations = pipe.components.modulations(self.schedule)
-            with pipe.components.use("transformer") as transformer:
+            with pipe.components.use("transformer") as network:
+                transformer = flux2_cpu.runner(network)
                 timing.load_seconds += time.perf_counter() - start
                 image_ids = image_position_ids(*self.grid).to(pipe.device)
                 for job in batch:
@@ -202,7 +205,7 @@ class Run:
 
                     latents.append(_to_grid(euler(velocity, noise, self.schedule.sigmas, on_step), self.grid))
                     seeds.append(seed)
-                del transformer, velocity
+                del network, transformer, velocity
         self._keep_timings()
         return latents, seeds
 
