@@ -12,13 +12,13 @@ namespace linocut {
 namespace {
 
 std::vector<AttentionChoice> probe() {
-    std::vector<AttentionVariant> compiled;
+    std::vector<const AttentionVariant*> compiled;
 #if defined(LINOCUT_X86)
     compiled = {attention_avx512bf16(), attention_avx512(), attention_avx2()};
 #endif
     compiled.push_back(attention_baseline());
     std::vector<AttentionChoice> all;
-    for (const auto& each : compiled) all.push_back({each, lacking(each.needs)});
+    for (const auto* each : compiled) all.push_back({each, lacking(each->needs)});
     return all;
 }
 
@@ -63,11 +63,11 @@ const std::vector<AttentionChoice>& attention_variants() {
 const AttentionVariant& attention_variant(const std::string& name) {
     std::string known;
     for (const auto& each : attention_variants()) {
-        if (name.empty() ? each.why_not.empty() : name == each.variant.name) {
-            if (each.why_not.empty()) return each.variant;
+        if (name.empty() ? each.why_not.empty() : name == each.variant->name) {
+            if (each.why_not.empty()) return *each.variant;
             throw std::invalid_argument("the attention variant " + name + " cannot run: " + each.why_not);
         }
-        known += (known.empty() ? "" : ", ") + std::string(each.variant.name);
+        known += (known.empty() ? "" : ", ") + std::string(each.variant->name);
     }
     throw std::invalid_argument("there is no attention variant called " + name + " (known: " + known + ")");
 }

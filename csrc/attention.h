@@ -45,15 +45,15 @@ struct AttentionVariant {
     void (*run)(const Heads&, std::size_t head, std::size_t first, std::size_t count, Mask, void* scratch, float* out);
 };
 
-AttentionVariant attention_baseline();
+const AttentionVariant* attention_baseline();
 #if defined(LINOCUT_X86)
-AttentionVariant attention_avx2();
-AttentionVariant attention_avx512();
-AttentionVariant attention_avx512bf16();
+const AttentionVariant* attention_avx2();
+const AttentionVariant* attention_avx512();
+const AttentionVariant* attention_avx512bf16();
 #endif
 
 struct AttentionChoice {
-    AttentionVariant variant;
+    const AttentionVariant* variant;
     std::string why_not;  // empty: can run here
 };
 

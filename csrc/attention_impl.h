@@ -154,10 +154,12 @@ void run(const Heads& heads, size_t head, size_t first, size_t count, Mask mask,
     }
 }
 
+constexpr AttentionVariant kVariant = {
+    LINOCUT_NAME, LINOCUT_NEEDS, kPair == 2 ? Float::bf16 : Float::f32, kQueries, sizeof(Scratch), run};
+
 }  // namespace
 
-AttentionVariant LINOCUT_ATTENTION() {
-    return {LINOCUT_NAME, LINOCUT_NEEDS, kPair == 2 ? Float::bf16 : Float::f32, kQueries, sizeof(Scratch), run};
-}
+// A pointer, since copying the table would take this file's instructions on whatever CPU asks for it.
+const AttentionVariant* LINOCUT_ATTENTION() { return &kVariant; }
 
 }  // namespace linocut

@@ -97,7 +97,7 @@ Residual residual_of(const AnyRows& x, const std::optional<AnyRows>& y, const st
 void add(const AnyRows& x, const AnyRows& y, const std::optional<Vector>& gate, std::size_t threads,
          const std::string& name) {
     const Residual residual = residual_of(x, y, gate);
-    const RowKernels& kernels = variant(name).rows;
+    const RowKernels& kernels = *variant(name).rows;
     nb::gil_scoped_release released;
     add_rows(kernels, residual, threads);
 }
@@ -114,7 +114,7 @@ void normalize(const AnyRows& x, const std::optional<AnyRows>& y, const std::opt
     const Norm norm = norm_of(centered, eps, factor, shift, residual.x.columns);
     const Rows floats = float_rows(out, "out");
     expect(out, "out", residual.x.rows, residual.x.columns);
-    const RowKernels& kernels = variant(name).rows;
+    const RowKernels& kernels = *variant(name).rows;
     nb::gil_scoped_release released;
     normalize_rows(kernels, residual, norm, {{}, floats}, threads);
 }
@@ -127,7 +127,7 @@ void normalize_quantize(const AnyRows& x, const std::optional<AnyRows>& y, const
     const Norm norm = norm_of(centered, eps, factor, shift, residual.x.columns);
     const Activations out = activations_of(values, scales, sums, residual.x.columns);
     if (out.m != residual.x.rows) refuse("x and the activations must have the same number of rows");
-    const RowKernels& kernels = variant(name).rows;
+    const RowKernels& kernels = *variant(name).rows;
     nb::gil_scoped_release released;
     normalize_rows(kernels, residual, norm, {out, {}}, threads);
 }
@@ -148,7 +148,7 @@ void swiglu(const AnyRows& gate, const AnyRows& value, const Matrix<std::int8_t>
     const Rows left = any_rows(gate, "gate", out.m, gate.shape(1));
     const Rows right = any_rows(value, "value", out.m, left.columns);
     expect_columns(first, left.columns, n);
-    const RowKernels& kernels = variant(name).rows;
+    const RowKernels& kernels = *variant(name).rows;
     nb::gil_scoped_release released;
     swiglu_rows(kernels, left, right, out, first, threads);
 }
@@ -175,7 +175,7 @@ void arrange(const AnyRows& q, const AnyRows& k, const AnyRows& v, const std::op
         expect(*sin, "sin", tokens, out.width / 2);
         rotation.cos = cos->data(), rotation.sin = sin->data();
     }
-    const RowKernels& kernels = variant(name).rows;
+    const RowKernels& kernels = *variant(name).rows;
     nb::gil_scoped_release released;
     arrange_heads(kernels, from_q, from_k, from_v, rotation, first, out, threads);
 }
@@ -214,7 +214,7 @@ void attend_quantize(const AnyHeads& q, const AnyHeads& k, const AnyHeads& v, st
 std::vector<std::tuple<std::string, std::string, std::string>> reasons() {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
     for (const auto& each : attention_variants()) {
-        all.emplace_back(each.variant.name, each.variant.needs, each.why_not);
+        all.emplace_back(each.variant->name, each.variant->needs, each.why_not);
     }
     return all;
 }

@@ -24,7 +24,7 @@ struct Variant {
     Decoders decoders;
     // Rows [begin, end) of x into columns [first, first + x.columns) of `out`: see quantize_activations in gemm.h.
     void (*quantize_rows)(const Rows& x, const Activations& out, std::size_t first, std::size_t begin, std::size_t end);
-    RowKernels rows;
+    const RowKernels* rows;
 };
 
 // The compiled variants, best first. The last one always can.

@@ -59,10 +59,10 @@ struct RowKernels {
                     std::size_t begin, std::size_t end);
 };
 
-RowKernels row_kernels_baseline();
+const RowKernels* row_kernels_baseline();
 #if defined(LINOCUT_X86)
-RowKernels row_kernels_avx2();
-RowKernels row_kernels_avx512();
+const RowKernels* row_kernels_avx2();
+const RowKernels* row_kernels_avx512();
 #endif
 
 // All columns below are multiples of 128.

@@ -162,8 +162,11 @@ void arrange(const Projected& from, Operand operand, size_t head, const Rotation
     }
 }
 
+constexpr RowKernels kKernels = {add, normalize, swiglu, arrange};
+
 }  // namespace
 
-RowKernels LINOCUT_ROWS() { return {add, normalize, swiglu, arrange}; }
+// A pointer, since copying the table would take this file's instructions on whatever CPU asks for it.
+const RowKernels* LINOCUT_ROWS() { return &kKernels; }
 
 }  // namespace linocut
