@@ -14,7 +14,7 @@ namespace linocut {
 // Instruction sets that matter to kernels here, with whether CPU and operating system support them.
 std::vector<std::pair<std::string, bool>> cpu_features();
 
-// The first instruction set of `needed`, a list with spaces, that this CPU lacks, as a reason; empty if it has them all.
+// The first instruction set of `needed`, a list with spaces, that this CPU lacks, as a reason; empty if it has all.
 std::string lacking(const std::string& needed);
 
 // The kernels that are written as plain loops and compiled once per instruction set.

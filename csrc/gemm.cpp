@@ -10,11 +10,16 @@
 namespace linocut {
 namespace {
 
-// Tokens per task. All of them, so that a panel is unpacked once, unless that leaves threads without work.
-std::size_t token_step(std::size_t m, std::size_t panels, std::size_t threads) {
-    constexpr std::size_t kLeast = 256;  // unpacking costs as much as multiplying some 5-10 tokens
-    const std::size_t cuts = panels >= 4 * threads ? 1 : ceil_div(4 * threads, std::max<std::size_t>(panels, 1));
-    return std::max(kLeast, ceil_div(m, cuts));
+// Tokens per task: as many as leave their activations in the cache that the cores share, since every panel reads them
+// all; fewer if there are too few panels for the threads. Not too few, for each task unpacks its panel, at the cost of
+// some 5-10 tokens.
+std::size_t token_step(const Activations& x, std::size_t panels, std::size_t threads) {
+    constexpr std::size_t kShared = 6 << 20, kLeast = 256;
+    constexpr std::size_t kMultiple = 24;  // so that tiles of 2, 3, 4, 6 and 8 tokens come out even
+    const std::size_t for_cache = ceil_div(x.m * x.stride, kShared);
+    const std::size_t for_threads = panels >= 4 * threads ? 1 : ceil_div(4 * threads, panels);
+    const std::size_t step = ceil_div(x.m, std::max(for_cache, for_threads));
+    return std::max(kLeast, ceil_div(step, kMultiple) * kMultiple);
 }
 
 std::vector<GemmChoice> probe() {
@@ -56,11 +61,11 @@ const GemmVariant& gemm_variant(const std::string& name) {
 void gemm(const GemmVariant& variant, const Activations& x, const Packed& w, const Rows& y, std::size_t threads) {
     if (x.m == 0 || w.rows == 0) return;
     const std::size_t panels = ceil_div(w.rows, variant.columns);
-    const std::size_t step = token_step(x.m, panels, threads);
+    const std::size_t step = token_step(x, panels, threads);
     const std::size_t cuts = ceil_div(x.m, step);
     const std::size_t bytes = variant.panel_bytes(w.encoding, w.n);
     const auto task = [&](std::size_t i, std::size_t) {
-        const std::size_t first = i / cuts * variant.columns, begin = i % cuts * step;
+        const std::size_t first = i % panels * variant.columns, begin = i / panels * step;
         const std::size_t count = std::min(variant.columns, w.rows - first);
         void* const panel = scratch(bytes);
         variant.unpack(w, first, count, panel);

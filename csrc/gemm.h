@@ -1,9 +1,10 @@
 // y[m, o] = x[m, n] @ W[o, n]^T with x in int8 (activations.h) and W packed: one driver, one table per instruction set.
 //
 // The driver cuts W into panels of `columns` rows of W, unpacks one panel of a whole row length into scratch that stays
-// in cache, and multiplies all tokens by it. Sums of int8 products are exact in int32 within a group of weights (128, or
-// 64 for affine4); groups are added in float32 from the first to the last. So a result depends neither on the number of
-// threads nor on how tokens or rows are cut, and every variant gives the same bits.
+// in a core's own cache, and multiplies as many tokens by it as fit the cache that cores share. Sums of int8 products
+// are exact in int32 within a group of weights (128, or 64 for affine4); groups are added in float32 from the first to
+// the last. So a result depends neither on the number of threads nor on how tokens or rows are cut, and every variant
+// gives the same bits.
 #pragma once
 
 #include <cstddef>
@@ -51,8 +52,8 @@ const GemmVariant& gemm_variant(const std::string& name);
 void gemm(const GemmVariant&, const Activations& x, const Packed& w, const Rows& y, std::size_t threads);
 
 // Fills `out` (columns [first, first + x.columns) of it; both multiples of 128) from rows of floats: per token and
-// group, scale = max|x| / 127 and value = x * (127 / max|x|) rounded to nearest even. A group of zeros has scale 0; one
-// with an infinity or a NaN has scale NaN, so that the result says so.
+// group, scale = max|x| / 127 and value = x * (127 / max|x|) rounded to nearest even. A group of zeros, or of nothing
+// above 2^-120, has scale 0; one with an infinity or a NaN has scale NaN, so that the result says so.
 void quantize_activations(const Rows& x, const Activations& out, std::size_t first, std::size_t threads);
 
 }  // namespace linocut

@@ -22,7 +22,8 @@ void unpack(const Packed& w, size_t first, size_t count, void* panel) {
             const size_t got = unpack_block(w, first + c, start, 0, block);
             std::memcpy(values + c * w.n + start, block, got);
         }
-        for (size_t g = 0; g < per_row; ++g) scales[c * per_row + g] = float_of_half(w.scales[(first + c) * per_row + g]);
+        const uint16_t* halves = w.scales + (first + c) * per_row;
+        for (size_t g = 0; g < per_row; ++g) scales[c * per_row + g] = float_of_half(halves[g]);
     }
 }
 

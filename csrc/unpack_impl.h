@@ -7,7 +7,7 @@
 namespace linocut {
 namespace {
 
-// What instructions that multiply unsigned by signed bytes need added to weights: -1..+1 and -15..15 become 0..2, 0..30.
+// What instructions that multiply unsigned by signed bytes need added to weights: -1..1, -15..15 become 0..2, 0..30.
 constexpr int unsigned_offset(Encoding e) { return e == Encoding::affine4 ? 15 : 1; }
 
 constexpr size_t kBlockRoom = kBlock + kTrits;  // the last plane of a short ternary block may run over its end
