@@ -1,8 +1,10 @@
-"""Fetches the sprites of the embedded world from the npm registry into .cache/sprites (about 0.7 MB kept).
+"""Fetches the sprites of the embedded world from the npm registry into .cache/sprites (about 3 MB kept).
 
-    python recipes/embedded/fetch_sprites.py [--out .cache/sprites]
+    python recipes/embedded/fetch_sprites.py [--out .cache/sprites] [--outlines]
 
 Source: npm package @lobehub/fluent-emoji-3d 1.1.0, Microsoft's Fluent Emoji 3D (MIT licence). `npm` must be installed.
+`--outlines` measures the outlines of the sprites that are there and writes src/linocut/train/objects/outlines.txt,
+which has to be done again when things are added.
 """
 
 import argparse
@@ -12,15 +14,26 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from linocut.train.scenes import objects
+from linocut.train.sprites import edge_rgb, open_sprite, sprite_files
+from linocut.train.vocabulary import objects
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+OUTLINES = Path(__file__).parents[2] / "src" / "linocut" / "train" / "objects" / "outlines.txt"
+HEADER = "# Mean colour of each sprite's outline: red green blue, 0..255. Written by fetch_sprites.py --outlines"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(".cache/sprites"))
-    out: Path = parser.parse_args().out
+    parser.add_argument("--outlines", action="store_true", help="measure the sprites that are there; fetch none")
+    options = parser.parse_args()
+    if options.outlines:
+        measure(options.out)
+    else:
+        fetch(options.out)
+
+
+def fetch(out: Path) -> None:
     wanted = {f"{thing.code}{suffix}.webp" for thing in objects() for suffix in ("", "-fe0f")}
     with tempfile.TemporaryDirectory() as work:
         subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=work, check=True, stdout=subprocess.DEVNULL)
@@ -36,6 +49,14 @@ def main() -> None:
                         shutil.copyfileobj(source, target)
                     kept += 1
     print(f"{kept} sprites in {out}")
+
+
+def measure(folder: Path) -> None:
+    lines = [HEADER]
+    for thing, path in zip(objects(), sprite_files(folder, objects()), strict=True):
+        lines.append(f"{thing.code} " + " ".join(str(round(255 * value)) for value in edge_rgb(open_sprite(path))))
+    OUTLINES.write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"outlines of {len(lines) - 1} sprites in {OUTLINES}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from linocut.train.scenes import objects
+from linocut.train.vocabulary import objects
 
 ROOT = Path(__file__).parent.parent.parent
 PIXELS = 24

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from linocut.formats.writer import atomic_write_bytes
 from linocut.models.autoencoder import Autoencoder, PreviewMap, fit_preview
-from linocut.train.dataset import make_scenes, measure_latents, psnr, scene_images
+from linocut.train.corpus import make_scenes
+from linocut.train.dataset import measure_latents, psnr, scene_images
 from linocut.train.loop import Ranks, Schedule, autocast, load_weights, save_weights, set_rate
 from linocut.train.recipe import Recipe
-from linocut.train.render import SceneRenderer
+from linocut.train.render import BLOCK, SceneRenderer
 
 FRESH = 4096  # scenes per pool; pools are replaced as training goes on
 HELD_OUT_SEED = -1000
@@ -34,7 +35,7 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     renderer = SceneRenderer(sprites, recipe.data.size, device)
     if ranks.first:
         size = sum(p.numel() for p in vae.parameters())
-        print(f"  {size:,} parameters, {len(renderer.texture):,} texels", flush=True)
+        print(f"  {size:,} parameters, {len(renderer.atlas.texels):,} texels", flush=True)
     optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     forward = torch.compile(_losses, dynamic=False) if settings.compile else _losses
     schedule = Schedule(settings, ranks)
@@ -47,7 +48,7 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
         batch = settings.batch if not whole else max(1, settings.batch * settings.crop**2 // recipe.data.size**2)
         index = torch.randint(len(pool[0]), (batch,), device=device)
         side = recipe.data.size if whole else min(settings.crop, recipe.data.size)
-        top, left = (random.randrange(0, recipe.data.size - side + 1) for _ in range(2))
+        top, left = (random.randrange(0, recipe.data.size - side + 1, BLOCK) for _ in range(2))
         image = renderer.draw(pool[0][index], pool[1][index], (top, left, side))
         set_rate([optimizer], schedule.rate)
         with autocast(device):
@@ -77,7 +78,7 @@ def _losses(vae: Autoencoder, image: Tensor, kl: float) -> tuple[Tensor, Tensor]
 
 def _pool(recipe: Recipe, renderer: SceneRenderer, ranks: Ranks, number: int) -> tuple[Tensor, Tensor]:
     part = make_scenes(recipe, -2000 - number * ranks.world - ranks.rank, FRESH if ranks.device.type == "cuda" else 64)
-    return renderer.table(part.placements), renderer.backgrounds(part.scenes, number)
+    return renderer.table(part.placements), renderer.looks(part.scenes)
 
 
 @torch.no_grad()

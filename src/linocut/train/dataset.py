@@ -1,16 +1,14 @@
 """Scenes as training tensors: token ids of captions, and latents of the pictures, made where they are used.
 
-Captions and placements come from seeded Python generators in worker processes; pictures are drawn and encoded on the
-training device in batches and only their latents are kept (a 256-px scene is 32 kB).
+Captions and placements come from worker processes (`corpus`); pictures are drawn and encoded on the training device in
+batches and only their latents are kept (a 256-px scene is 32 kB).
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +17,11 @@ from torch import Tensor
 
 from linocut.models.autoencoder import Autoencoder, patchify
 from linocut.models.text_encoder import PromptTokenizer
+from linocut.train.corpus import chunks, make_scenes
 from linocut.train.loop import autocast
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
-from linocut.train.scenes import Placement, Scene, normalize, place, sample_captions, sample_scene
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
-
-CHUNK = 2048  # scenes made by one job
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """`count` scenes with their placements and `captions` wordings each."""
-
-    scenes: list[Scene]
-    placements: list[list[Placement]]
-    captions: list[list[str]]
-
-
-def make_scenes(recipe: Recipe, seed: int, count: int) -> Scenes:
-    """Deterministic scenes for a seed; no caption equals a held-out prompt word for word."""
-    rng = random.Random(f"{recipe.data.seed}/{seed}")
-    forbidden = frozenset(normalize(text) for text in recipe.held_out)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    return Scenes(scenes, [place(scene, rng) for scene in scenes],
-                  [sample_captions(scene, rng, recipe.data.captions, forbidden) for scene in scenes])
 
 
 def make_tokenizer(recipe: Recipe, folder: Path) -> PromptTokenizer:
@@ -65,10 +43,12 @@ class Captions:
     empty_length: int
 
     @classmethod
-    def build(cls, tokenizer: PromptTokenizer, texts: list[str], device: torch.device) -> Captions:
+    def build(cls, tokenizer: PromptTokenizer, texts: Iterable[str], device: torch.device) -> Captions:
+        """Tokens of `texts`, which may be a generator: they are read in parts, so that others can work meanwhile."""
         rows, lengths = [], []
-        for start in range(0, len(texts), 8192):
-            ids, mask = tokenizer.encode(texts[start:start + 8192])
+        source = iter(texts)
+        while part := list(islice(source, 8192)):
+            ids, mask = tokenizer.encode(part)
             rows.append(ids.to(torch.int16))
             lengths.append(mask.sum(1).to(torch.int16))
         empty_ids, empty_mask = tokenizer.encode([""])
@@ -92,7 +72,7 @@ class Captions:
 
 def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: int, device: torch.device) -> Captions:
     """Captions alone, for stages that learn from a teacher and need no pictures."""
-    texts = [text for part in _chunks(recipe, rank, scenes) for group in part.captions for text in group]
+    texts = (text for part in chunks(recipe, rank, scenes) for group in part.captions for text in group)
     return Captions.build(tokenizer, texts, device)
 
 
@@ -105,25 +85,27 @@ class LatentBank:
     per_scene: int
 
     @classmethod
-    @torch.no_grad()
     def build(cls, recipe: Recipe, tokenizer: PromptTokenizer, vae: Autoencoder, renderer: SceneRenderer, rank: int,
               device: torch.device) -> LatentBank:
         """Make `recipe.data.scenes` scenes of this process: draw, encode, keep."""
         count, (rows, columns) = recipe.data.scenes, recipe.tokens
         shape = count, rows * columns, recipe.transformer.in_channels
         latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        texts: list[str] = []
         done = 0
-        for part in _chunks(recipe, rank, count):
-            table, backgrounds = renderer.table(part.placements), renderer.backgrounds(part.scenes, done + rank)
-            for start in range(0, len(part.scenes), 256):
-                image = renderer.draw(table[start:start + 256], backgrounds[start:start + 256])
-                with autocast(device):
-                    z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
-                latents[done:done + len(z)] = z.flatten(2).transpose(1, 2)
-                done += len(z)
-            texts += [text for group in part.captions for text in group]
-        return cls(latents, Captions.build(tokenizer, texts, device), recipe.data.captions)
+
+        def draw() -> Iterator[str]:  # the device draws and encodes while the captions of a chunk are cut into tokens
+            nonlocal done
+            for part in chunks(recipe, rank, count):
+                table, looks = renderer.table(part.placements), renderer.looks(part.scenes)
+                for start in range(0, len(part.scenes), 256):
+                    image = renderer.draw(table[start:start + 256], looks[start:start + 256])
+                    with torch.no_grad(), autocast(device):
+                        z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
+                    latents[done:done + len(z)] = z.flatten(2).transpose(1, 2)
+                    done += len(z)
+                yield from (text for group in part.captions for text in group)
+
+        return cls(latents, Captions.build(tokenizer, draw(), device), recipe.data.captions)
 
     def sample(self, batch: int, drop: float) -> tuple[Tensor, Tensor, Tensor]:
         """A random batch: latents float32 [B, I, 4C], ids and mask of one wording each."""
@@ -149,25 +131,10 @@ def measure_latents(vae: Autoencoder, images: Iterator[Tensor]) -> None:
     variance.copy_(squares / count - (sums / count).square() - vae.config.batch_norm_eps)
 
 
-def _chunks(recipe: Recipe, rank: int, count: int) -> Iterator[Scenes]:
-    """Scenes of a process in chunks, made ahead by workers; the order does not depend on their number."""
-    jobs = [(recipe, rank * 1_000_000 + i, min(CHUNK, count - i * CHUNK)) for i in range(-(-count // CHUNK))]
-    workers = min(len(jobs), max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")) - 1))
-    if workers == 1:
-        yield from (make_scenes(*job) for job in jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(_make, jobs)
-
-
-def _make(job: tuple[Recipe, int, int]) -> Scenes:
-    return make_scenes(*job)
-
-
 def scene_images(recipe: Recipe, renderer: SceneRenderer, seed: int, count: int) -> Tensor:
     """Pictures [count, 3, size, size] in [-1, 1] of fresh scenes, for the autoencoder and for measuring."""
     part = make_scenes(recipe, seed, count)
-    return renderer.draw(renderer.table(part.placements), renderer.backgrounds(part.scenes, abs(seed) % 2**31))
+    return renderer.draw(renderer.table(part.placements), renderer.looks(part.scenes))
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:

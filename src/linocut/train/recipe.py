@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from linocut.errors import UsageError
-from linocut.models.autoencoder import AutoencoderConfig
-from linocut.models.flux2 import Flux2Config
-from linocut.models.text_encoder import Qwen3Config
+from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 
 T = TypeVar("T")
 

@@ -1,10 +1,8 @@
-"""Draws scenes on any torch device: sprites at exact pixel sizes, tinted, pasted by gathering from one texture table.
+"""Draws scenes on any torch device: a background, soft shadows, and sprites pasted by gathering from one atlas.
 
-Each sprite is resized once per size step with Pillow's Lanczos filter (grid sampling on the fly would alias), tinted in
-every colour, and kept as packed RGBA integers; a canvas pixel is then one gather per thing. A batch of 256-px scenes
-takes a fraction of a millisecond per picture on a GPU, so a training set is drawn where it is used.
-
-Sprites: Microsoft Fluent Emoji 3D (MIT), fetched by `recipes/embedded/fetch_sprites.py`.
+Sprites lie ready in steps of a few pixels (grid sampling on the fly would alias), so a canvas pixel is one gather per
+thing and the colour is put on as it is drawn. A batch of 256-px scenes takes a fraction of a millisecond per picture
+on a GPU, so a training set is drawn where it is used.
 """
 
 from __future__ import annotations
@@ -14,32 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
-from linocut.errors import ModelNotFoundError
-from linocut.train.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, Placement, Scene, objects
+from linocut.train.layout import LARGEST, SMALLEST, Placement
+from linocut.train.palette import BACKGROUNDS, COLOURS, background_rgb, colour
+from linocut.train.scenes import MAX_OBJECTS, STYLES, Scene
+from linocut.train.sprites import load_atlas
+from linocut.train.vocabulary import objects
 
-# Each colour as a ramp over the sprite's own brightness: (shadow, middle, light), sRGB in [0, 1].
-_RAMPS = {
-    "red": ((0.42, 0.02, 0.05), (0.88, 0.11, 0.14), (1.0, 0.55, 0.52)),
-    "orange": ((0.60, 0.22, 0.0), (0.98, 0.52, 0.06), (1.0, 0.78, 0.45)),
-    "yellow": ((0.68, 0.48, 0.0), (0.99, 0.83, 0.10), (1.0, 0.96, 0.60)),
-    "green": ((0.02, 0.28, 0.08), (0.13, 0.66, 0.24), (0.60, 0.92, 0.60)),
-    "blue": ((0.03, 0.10, 0.42), (0.12, 0.37, 0.90), (0.58, 0.78, 1.0)),
-    "purple": ((0.22, 0.04, 0.38), (0.53, 0.20, 0.76), (0.82, 0.63, 0.98)),
-    "pink": ((0.70, 0.18, 0.42), (0.98, 0.47, 0.70), (1.0, 0.82, 0.90)),
-    "brown": ((0.18, 0.08, 0.03), (0.46, 0.26, 0.13), (0.76, 0.58, 0.42)),
-    "black": ((0.01, 0.01, 0.02), (0.11, 0.11, 0.12), (0.42, 0.42, 0.45)),
-    "white": ((0.62, 0.63, 0.68), (0.92, 0.92, 0.94), (1.0, 1.0, 1.0)),
-}
-_BACKGROUND_RGB = {
-    "white": (0.98, 0.98, 0.98), "gray": (0.62, 0.63, 0.65), "pink": (0.98, 0.76, 0.84), "blue": (0.62, 0.78, 0.97),
-    "green": (0.66, 0.88, 0.68), "yellow": (0.98, 0.91, 0.60), "purple": (0.80, 0.70, 0.94),
-    "orange": (0.99, 0.76, 0.52), "black": (0.13, 0.13, 0.15),
-}
-# Without a wish the background is one of these quiet tones.
-_QUIET_RGB = ((0.94, 0.94, 0.95), (0.96, 0.94, 0.90), (0.90, 0.94, 0.97), (0.91, 0.96, 0.92), (0.95, 0.92, 0.97))
+STEP = 8  # pixels between the sizes of a sprite
+BLOCK = 8  # pixels of a "pixel" in pixel art
+_SHADOW = 0.30  # how dark a shadow is in its middle
+_STARS = 70
 
 
 class SceneRenderer:
@@ -49,114 +34,118 @@ class SceneRenderer:
     out; scenes may hold no others). Raises ModelNotFoundError for a missing sprite.
     """
 
-    def __init__(self, sprites: Path, size: int = 256, device: torch.device | str = "cpu", step: int = 8,
+    def __init__(self, sprites: Path, size: int = 256, device: torch.device | str = "cpu",
                  things: Iterable[int] | None = None) -> None:
-        self.size, self.device, self.step = size, torch.device(device), step
-        self.smallest = max(step, int(size * 0.22) // step * step)
-        self.largest = -(-int(size * 0.73) // step) * step
-        self.levels = (self.largest - self.smallest) // step + 1
+        self.size, self.device = size, torch.device(device)
+        smallest = max(STEP, int(size * SMALLEST) // STEP * STEP)
+        sizes = range(smallest, -(-int(size * LARGEST) // STEP) * STEP + 1, STEP)
         chosen = sorted(set(range(len(objects())) if things is None else things))
         self._row = {thing: row for row, thing in enumerate(chosen)}
-        files = _sprite_files(sprites, chosen)
-        natural = torch.stack([self._levels_of(path) for path in files])  # [objects, levels, L, L, 4]
-        self.texture = torch.stack([self._pack(natural.to(self.device), None)]
-                                   + [self._pack(natural.to(self.device), ramp) for ramp in _RAMPS.values()]).flatten()
-        self.things = natural.shape[0]
+        self.atlas = load_atlas(sprites, [objects()[thing] for thing in chosen], sizes, self.device)
+        self._starts = torch.tensor(self.atlas.starts, device=self.device)
+        self._ramps = _ramp_table().to(self.device)
+        self._profiles, self._stars, self._ground = (part.to(self.device) for part in _background_tables(size))
 
-    def _levels_of(self, path: Path) -> Tensor:
-        """One sprite, cropped to its content and resized to each size step, in a corner of an L x L tile."""
-        sprite = Image.open(path).convert("RGBA")
-        sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
-        side = max(sprite.size)
-        square = Image.new("RGBA", (side, side))
-        square.paste(sprite, ((side - sprite.width) // 2, (side - sprite.height) // 2))
-        tiles = np.zeros((self.levels, self.largest, self.largest, 4), np.uint8)
-        for level in range(self.levels):
-            pixels = self.smallest + level * self.step
-            tiles[level, :pixels, :pixels] = np.asarray(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
-        return torch.from_numpy(tiles)
-
-    def _pack(self, natural: Tensor, ramp: tuple[tuple[float, float, float], ...] | None) -> Tensor:
-        """RGBA as one int32 per texel, tinted along `ramp` by the sprite's own brightness if given."""
-        packed = torch.empty(natural.shape[:-1], dtype=torch.int32, device=natural.device)
-        for index, sprite in enumerate(natural):
-            rgb, alpha = sprite[..., :3].float() / 255, sprite[..., 3].int()
-            if ramp is not None:
-                rgb = _tint(rgb, alpha > 128, ramp)
-            red, green, blue = (rgb * 255).round().int().unbind(-1)
-            packed[index] = red | green << 8 | blue << 16 | alpha << 24
-        return packed
-
-    def backgrounds(self, scenes: Sequence[Scene], seed: int) -> Tensor:
-        """RGB per scene [B, 3]: the wished background, else a quiet tone chosen by the seed."""
-        choice = np.random.default_rng(seed).integers(len(_QUIET_RGB), size=len(scenes))
-        rows = [_QUIET_RGB[c] if scene.background is None else _BACKGROUND_RGB[scene.background]
-                for scene, c in zip(scenes, choice, strict=True)]
-        return torch.tensor(rows, device=self.device)
+    def looks(self, scenes: Sequence[Scene]) -> Tensor:
+        """Background and style of each scene: int64 [B, 2]."""
+        rows = [(_BACKGROUND_INDEX[scene.background], STYLES.index(scene.style)) for scene in scenes]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def table(self, placements: Sequence[Sequence[Placement]]) -> Tensor:
         """Placements as integers [B, MAX_OBJECTS, 5]: colour (0 natural), thing, level (-1 absent), left, top.
 
-        The thing is its row in this renderer's texture.
+        The thing is its row in this renderer's atlas, the level its size.
         """
-        rows = np.full((len(placements), MAX_OBJECTS, 5), -1, np.int32)
+        rows, sizes = np.full((len(placements), MAX_OBJECTS, 5), -1, np.int32), self.atlas.sizes
         for b, scene in enumerate(placements):
             for k, p in enumerate(scene):
-                level = round((p.size * self.size - self.smallest) / self.step)
-                level = min(max(level, 0), self.levels - 1)
-                half = (self.smallest + level * self.step) / 2
-                colour = 0 if p.colour is None else p.colour + 1
-                left, top = round(p.x * self.size - half), round(p.y * self.size - half)
-                rows[b, k] = colour, self._row[p.thing], level, left, top
+                level = min(max(round((p.size * self.size - sizes[0]) / STEP), 0), len(sizes) - 1)
+                half = sizes[level] / 2
+                tint = 0 if p.colour is None else p.colour + 1
+                rows[b, k] = (tint, self._row[p.thing], level, round(p.x * self.size - half),
+                              round(p.y * self.size - half))
         return torch.from_numpy(rows).to(self.device)
 
-    def draw(self, table: Tensor, backgrounds: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
-        """Images [B, 3, size, size] in [-1, 1] from `table` and background colours [B, 3].
+    def draw(self, table: Tensor, looks: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
+        """Images [B, 3, size, size] in [-1, 1] from `table` and `looks`.
 
-        `window` (top, left, side) draws only that square of each scene.
+        `window` (top, left, side), all multiples of BLOCK, draws only that square of each scene.
         """
         top, left, side = window or (0, 0, self.size)
-        rows = torch.arange(top, top + side, device=self.device, dtype=torch.int32)
-        columns = torch.arange(left, left + side, device=self.device, dtype=torch.int32)
-        shade = 1.03 - 0.09 * rows[:, None].float() / self.size  # lighter above, as lit from the top
-        canvas = (backgrounds[:, :, None, None] * shade).clamp(0, 1).expand(-1, -1, -1, side).clone()
-        for k in range(MAX_OBJECTS):
-            colour, thing, level, x0, y0 = (column[:, None, None] for column in table[:, k].unbind(-1))
-            x, y = columns[None, None, :] - x0, rows[None, :, None] - y0
-            pixels = self.smallest + level * self.step
+        rows = torch.arange(top, top + side, device=self.device, dtype=torch.int32)[None, :, None]
+        columns = torch.arange(left, left + side, device=self.device, dtype=torch.int32)[None, None, :]
+        background, style = looks.unbind(1)
+        canvas = self._profiles[background][:, :, top:top + side, None].expand(-1, -1, -1, side)
+        stars = self._stars[background][:, None, top:top + side, left:left + side]
+        canvas = canvas + stars * (1 - canvas)
+        things = [tuple(column[:, None, None] for column in table[:, k].unbind(-1)) for k in range(MAX_OBJECTS)]
+        canvas = canvas * self._shadows(things, rows, columns, self._ground[background])[:, None]
+        for tint, thing, level, x0, y0 in things:
+            x, y = columns - x0, rows - y0
+            pixels = self.atlas.sizes[0] + level * STEP
             inside = (level >= 0) & (x >= 0) & (y >= 0) & (x < pixels) & (y < pixels)
-            tile = (colour * self.things + thing) * self.levels + level
-            index = (tile.long() * self.largest + y) * self.largest + x
-            texel = self.texture[torch.where(inside, index, 0)]
+            start = thing.long() * self.atlas.stride + self._starts[level.clamp_min(0)]
+            texel = self.atlas.texels[torch.where(inside, start + y * pixels + x, 0)]
+            rgb = _bytes(texel)
+            ramp = self._ramps[tint.clamp_min(0) * 256 + (texel >> 32 & 255)]
+            share = torch.where(tint > 0, (texel >> 40 & 255).float() / 255, 0.0)[:, None]
             alpha = torch.where(inside, (texel >> 24 & 255).float() / 255, 0.0)[:, None]
-            rgb = torch.stack([texel & 255, texel >> 8 & 255, texel >> 16 & 255], 1).float() / 255
-            canvas = canvas + alpha * (rgb - canvas)
-        return canvas * 2 - 1
+            canvas = canvas + alpha * (rgb + share * (_bytes(ramp) - rgb) - canvas)
+        return self._styled(canvas, style) * 2 - 1
+
+    def _shadows(self, things: Sequence[tuple[Tensor, ...]], rows: Tensor, columns: Tensor, ground: Tensor) -> Tensor:
+        """Light that reaches each pixel [B, side, side]: a soft flat ellipse lies where each thing stands."""
+        light = torch.ones((), device=self.device)
+        for _, thing, level, x0, y0 in things:
+            pixels = self.atlas.sizes[0] + level * STEP
+            width, bottom = self.atlas.extent[thing.clamp_min(0).squeeze(-1).squeeze(-1)].unbind(-1)
+            across = (columns - x0 - pixels / 2) / (0.42 * pixels * width[:, None, None])
+            down = (rows - y0 - pixels * (bottom[:, None, None] - 0.02)) / (0.055 * pixels)
+            dark = _SHADOW * torch.exp(-(across.square() + down.square()))
+            light = light * (1 - torch.where(level >= 0, dark, 0.0))
+        return torch.where(ground[:, None, None], light, 1.0)
+
+    def _styled(self, canvas: Tensor, style: Tensor) -> Tensor:
+        style = style[:, None, None, None]
+        gray = (canvas * canvas.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        blocks = F.avg_pool2d(canvas, BLOCK).repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+        canvas = torch.where(style == STYLES.index("black and white"), gray, canvas)
+        return torch.where(style == STYLES.index("pixel art"), blocks, canvas)
 
 
-def _sprite_files(folder: Path, things: Iterable[int]) -> list[Path]:
-    paths = []
-    for thing in (objects()[index] for index in things):
-        found = [p for p in (folder / f"{thing.code}.webp", folder / f"{thing.code}-fe0f.webp") if p.is_file()]
-        if not found:
-            raise ModelNotFoundError(f"{folder}: no sprite for {thing.name} (expected {thing.code}.webp); "
-                                     "run recipes/embedded/fetch_sprites.py")
-        paths.append(found[0])
-    return paths
+def _bytes(packed: Tensor) -> Tensor:
+    """The three lowest bytes as planes [B, 3, ...] in 0..1."""
+    return torch.stack([packed & 255, packed >> 8 & 255, packed >> 16 & 255], 1).float() / 255
 
 
-def _tint(rgb: Tensor, opaque: Tensor, ramp: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """Recolours by brightness: the sprite's 5th..95th percentile spans the ramp, its median sits in the middle."""
-    light = rgb @ rgb.new_tensor([0.299, 0.587, 0.114])
-    values = light[opaque]
-    some = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))[:100_000].to(values.device)
-    low, middle, high = torch.quantile(values[some], values.new_tensor([0.05, 0.5, 0.95])).tolist()
-    middle = min(max(middle, low + 0.3 * (high - low)), low + 0.7 * (high - low))
-    below = ((light - low) / max(middle - low, 1e-3)).clamp(0, 1)[..., None]
-    above = ((light - middle) / max(high - middle, 1e-3)).clamp(0, 1)[..., None]
-    shadow, centre, bright = (rgb.new_tensor(stop) for stop in ramp)
-    return torch.where(above > 0, centre + above * (bright - centre), shadow + below * (centre - shadow))
+def _ramp_table() -> Tensor:
+    """RGB as packed bytes for each colour (the first row is unused: natural) and each of 256 shades, int64."""
+    rows = torch.zeros(len(COLOURS) + 1, 256, dtype=torch.int64)
+    place = np.linspace(0, 1, 256)
+    for index in range(len(COLOURS)):
+        ramp = np.array(colour(index).ramp)
+        for channel in range(3):
+            values = np.interp(place, (0.0, 0.5, 1.0), ramp[:, channel])
+            rows[index + 1] |= torch.from_numpy((values * 255).round().astype(np.int64)) << 8 * channel
+    return rows.flatten()
 
 
-assert tuple(_RAMPS) == COLOURS
-assert tuple(_BACKGROUND_RGB) == BACKGROUNDS
+def _background_tables(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each background the colours from top to bottom [N, 3, size], its stars [N, size, size], and whether things
+    throw shadows on it [N]."""
+    heights = (np.arange(size) + 0.5) / size
+    profiles = np.array([[background_rgb(background, height) for height in heights]
+                         for background in BACKGROUNDS.values()], np.float32)
+    sky = np.zeros((size, size), np.float32)
+    source = np.random.default_rng(1)
+    for x, y, glow in zip(source.random(_STARS), source.random(_STARS) * 0.98, source.random(_STARS), strict=True):
+        distance = ((np.arange(size) - x * size)[None, :] ** 2 + (np.arange(size) - y * size)[:, None] ** 2)
+        sky = np.maximum(sky, (0.35 + 0.6 * glow) * np.exp(-distance / (0.4 + 0.9 * glow * size / 256)))
+    stars = [sky * (heights < 0.62 if background.ground else True)[:, None] if background.stars and background.ground
+             else sky * background.stars for background in BACKGROUNDS.values()]
+    return (torch.from_numpy(profiles).transpose(1, 2).clamp(0, 1).contiguous(),
+            torch.from_numpy(np.stack(stars).astype(np.float32)),
+            torch.tensor([background.ground for background in BACKGROUNDS.values()]))
+
+
+_BACKGROUND_INDEX = {name: index for index, name in enumerate(BACKGROUNDS)}

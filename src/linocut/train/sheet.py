@@ -84,14 +84,16 @@ def write_sheet(sheet: Image.Image, path: Path, limit: int = MAX_BYTES) -> None:
 
 def scene_sheet(recipe: Recipe, sprites: Path, path: Path, count: int = 28, columns: int = 7) -> None:
     """Render `count` scenes of the recipe, tasks in turn, each with one of its captions, and write them to `path`."""
+    from linocut.train.captions import sample_captions
+    from linocut.train.layout import place
     from linocut.train.render import SceneRenderer
-    from linocut.train.scenes import TASKS, place, sample_captions, sample_scene
+    from linocut.train.scenes import TASKS, sample_scene
 
     rng = random.Random(f"{recipe.data.seed}/{SCENE_SEED}")
     scenes = [sample_scene(rng, tuple(TASKS)[i % len(TASKS)]) for i in range(count)]
     used = {group.thing for scene in scenes for group in scene.groups}
     renderer = SceneRenderer(sprites, recipe.data.size, things=used)
-    images = renderer.draw(renderer.table([place(scene, rng) for scene in scenes]), renderer.backgrounds(scenes, 0))
+    images = renderer.draw(renderer.table([place(scene, rng) for scene in scenes]), renderer.looks(scenes))
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     write_sheet(compose([Entry((Image.fromarray(picture),), sample_captions(scene, rng, 1, recipe.held_out)[0],
                                scene.task.replace("_", " "))

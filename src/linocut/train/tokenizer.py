@@ -55,7 +55,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write `tokenizer.json`, and `tokenizer_config.json` so that transformers opens the folder as well."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": PAD_TOKEN, "eos_token": "<|im_end|>",
               "unk_token": None, "bos_token": None, "add_prefix_space": False, "model_max_length": 131072,
               "chat_template": CHAT_TEMPLATE}

@@ -1,0 +1,245 @@
+"""Captions: how a person may ask for a scene. The same scene has thousands of wordings.
+
+A wording is a template such as "draw {0} next to {1} {b}"; filling in the groups ("a lovely red apple") gives the
+caption. Wordings belong to splits by their hash (`scenes.split_of`), so that prompts for judging a model can have
+wordings that no training caption had.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+
+from linocut.train import wording
+from linocut.train.palette import BACKGROUNDS, COLOURS, WALLS, colour
+from linocut.train.scenes import Group, Scene, split_of
+from linocut.train.vocabulary import article, objects, plural_of
+
+NONSENSE_RATE = 0.02
+_FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE = 0.12, 0.35, 0.14, 0.10
+_FRAME_WEIGHTS = [weight for weight, _ in wording.FRAMES]
+
+
+def sample_captions(scene: Scene, rng: random.Random, count: int, held_out: Iterable[str] = (),
+                    split: str = "train") -> list[str]:
+    """`count` captions of a scene with wordings of `split`, none of which equals a held-out prompt word for word."""
+    forbidden = held_out if isinstance(held_out, set | frozenset) else {normalize(text) for text in held_out}
+    found: list[str] = []
+    while len(found) < count:
+        template = sample_wording(scene, rng)
+        if split_of(template) != split:
+            continue
+        text = fill(template, scene, rng)
+        if normalize(text) not in forbidden:
+            found.append(text)
+    return found
+
+
+def normalize(text: str) -> str:
+    """The words of a caption alone, for telling whether two captions are the same word for word."""
+    return " ".join(re.findall(r"[a-z0-9-]+", text.lower()))
+
+
+# Wordings -------------------------------------------------------------------------------------------------------------
+
+def sample_wording(scene: Scene, rng: random.Random) -> str:
+    """A random template for the scene: {0}, {1}, {2} are its groups, {b} is the phrase for its background."""
+    body = _body(scene, rng)
+    clause = "{is}" in body or not body.startswith(("{", "both"))  # no noun phrase, so it cannot be a photo of that
+    spoken = "" if scene.background not in WALLS and not BACKGROUNDS[scene.background].phrases else "{b}"
+    if scene.spot is not None:
+        body += rng.choice((" ", " ", " ", ", ")) + rng.choice(wording.SPOT_WORDS[scene.spot])
+    if spoken:
+        style = rng.random()
+        clause = clause or style < 0.08
+        body = f"{spoken}, {body}" if style < 0.08 else f"{body}, {spoken}" if style < 0.35 else f"{body} {spoken}"
+    if scene.style in wording.STYLE_FRAMES:
+        frames = [each for each in wording.STYLE_FRAMES[scene.style] if not clause or each.startswith("{x}, ")]
+        return rng.choice(frames).replace("{x}", body)
+    frame = "{x}" if clause else rng.choice(rng.choices([frames for _, frames in wording.FRAMES], _FRAME_WEIGHTS)[0])
+    text = frame.replace("{x}", body)
+    if rng.random() < _ENDING_RATE and not text.endswith("?"):
+        text += rng.choice(wording.ENDINGS)
+        if rng.random() < 0.25 and not text.endswith(("!", "...")):
+            text += rng.choice(wording.ENDINGS)
+    return text
+
+
+def _body(scene: Scene, rng: random.Random) -> str:
+    if scene.relation in wording.RELATION_WORDS:
+        return _related(scene.relation, rng)
+    if scene.relation == "next to":
+        return _shuffled(_weighted(wording.NEXT_TO, rng), 2, rng)
+    if scene.relation == "between":
+        template = _weighted(wording.BETWEEN, rng)
+        return _renamed(template, ("0", "2", "1")) if rng.random() < 0.5 else template
+    if len(scene.groups) == 2:
+        return _shuffled(_weighted(wording.JOINS, rng), 2, rng)
+    if len(scene.groups) == 3:
+        return _shuffled(_weighted(wording.JOINS_3, rng), 3, rng)
+    lone, style = scene.groups[0].count == 1, rng.random()
+    if style < 0.04:
+        return "there {is} {0}"
+    if style < 0.04 + _VERB_RATE and (scene.spot or scene.background not in WALLS):
+        return "{0} " + rng.choice(wording.VERBS)
+    if style > 0.97 and scene.spot is None:
+        return rng.choice(wording.LONE_STATEMENTS if lone else wording.EVERY_STATEMENT)
+    return "{0}"
+
+
+def _related(relation: str, rng: random.Random) -> str:
+    here, there = rng.choice(wording.PLACED[relation])
+    template = _weighted(wording.RELATED, rng)
+    words, opposite = list(wording.RELATION_WORDS[relation]), wording.RELATION_WORDS[wording.OPPOSITE[relation]]
+    if "{r} it" in template:  # "a cup with a spoon on it" is another picture; "left of it" is not English without "to"
+        words = [each for each in words if each not in ("on", "left of", "right of")]
+    if "{0} {r} {1}" in template and rng.random() < _VERB_RATE:
+        template = "{0} " + rng.choice(wording.VERBS) + " {r} {1}"
+    return (template.replace("{r}", rng.choice(words)).replace("{o}", rng.choice(opposite))
+            .replace("{p}", here).replace("{q}", there))
+
+
+def _weighted(templates: Mapping[str, float], rng: random.Random) -> str:
+    return rng.choices(list(templates), list(templates.values()))[0]
+
+
+def _shuffled(template: str, count: int, rng: random.Random) -> str:
+    return _renamed(template, rng.sample([str(i) for i in range(count)], count))
+
+
+def _renamed(template: str, order: Sequence[str]) -> str:
+    """The template with {0}, {1}, ... standing for the groups `order` names."""
+    return re.sub(r"\{(\d)\}", lambda found: "{" + order[int(found[1])] + "}", template)
+
+
+# Filling in -----------------------------------------------------------------------------------------------------------
+
+def fill(template: str, scene: Scene, rng: random.Random) -> str:
+    """The caption that a template makes of a scene."""
+    text = template.replace("{b}", _background(scene.background, template.startswith("{b}"), rng))
+    phrases = [_phrase(group, rng) for group in scene.groups]
+    if "{is}" in text:
+        text = text.replace("{is}", "are" if phrases[_subject(text)][1] else "is")
+    for index, (words, _) in enumerate(phrases):
+        text = text.replace("{" + str(index) + "}", words)
+    style = rng.random()
+    if style < 0.12:
+        text = text[0].upper() + text[1:]
+    elif style < 0.125:
+        text = text.upper()
+    return text + "." if rng.random() < 0.1 and text[-1] not in "?!." else text
+
+
+def _subject(template: str) -> int:
+    """Which group {is} speaks of: the one right after it, else the last one before it."""
+    before, _, after = template.partition("{is}")
+    found = re.match(r" \{(\d)\}", after)
+    return int(found[1] if found else re.findall(r"\{(\d)\}", before)[-1])
+
+
+def _background(name: str, first: bool, rng: random.Random) -> str:
+    """Words for a background; `first` if they begin the caption."""
+    phrases = wording.WALL_PHRASES if name in WALLS else BACKGROUNDS[name].phrases
+    if not phrases:
+        return ""
+    chosen = rng.choice([phrase for phrase in phrases if not (first and phrase.startswith("and "))])
+    word = rng.choice(("gray", "grey")) if name == "gray" else name
+    return chosen.replace("a {c}", f"{article(word)} {word}").replace("{c}", word)
+
+
+def noun_phrase(group: Group, rng: random.Random) -> str:
+    """The group in words: "a lovely red apple", "2 tiny dogs", "three sofas that are purple"."""
+    return _phrase(group, rng)[0]
+
+
+def _phrase(group: Group, rng: random.Random) -> tuple[str, bool]:
+    """The group in words, and whether a verb after them is in the plural."""
+    thing = objects()[group.thing]
+    use_synonym = bool(thing.synonyms) and rng.random() < _SYNONYM_RATE
+    single = rng.choice(thing.synonyms) if use_synonym else thing.name
+    always_plural = thing.name == thing.plural and single.endswith("s")  # scissors, fries
+    many = single if always_plural else plural_of(thing, single)
+    described = _coloured(many if group.count > 1 else single, group, rng)
+    adjectives = [rng.choice(wording.SIZE_WORDS[group.size])] if group.size else []
+    if rng.random() < _FILLER_RATE:
+        adjectives.insert(rng.randrange(len(adjectives) + 1), rng.choice(wording.FILLERS))
+    if rng.random() < NONSENSE_RATE:
+        adjectives.append(nonsense(rng))
+    described = " ".join([*adjectives, described])
+    if group.count > 1:
+        text = f"{_number(group.count, many, rng)} {described}"
+    else:
+        text = _one(described, always_plural, single in thing.masses, rng)
+    if rng.random() < NONSENSE_RATE / 2:
+        text += f" {rng.choice(wording.NAMED)} {nonsense(rng).capitalize()}"
+    return text, group.count > 1 or always_plural
+
+
+def _coloured(noun: str, group: Group, rng: random.Random) -> str:
+    if group.colour is None:
+        return noun
+    words = colour(group.colour).words
+    word = words[0] if rng.random() < 0.88 else rng.choice(words)
+    style = rng.random()
+    if style < 0.88:
+        return f"{word} {noun}"
+    form = rng.choice(wording.COLOUR_AFTER if style < 0.95 else wording.COLOUR_BEFORE)
+    return form.replace("{n}", noun).replace("{c}", word).replace("{is}", "are" if group.count > 1 else "is")
+
+
+def _number(count: int, noun: str, rng: random.Random) -> str:
+    number = wording.NUMBERS[count] if rng.random() < 0.7 else str(count)
+    style = rng.random()
+    if style < 0.80:
+        return number
+    if style < 0.90 and "pair of" not in noun and "pairs of" not in noun and count in (2, 6):
+        return rng.choice(wording.TWO if count == 2 else wording.SIX)
+    return f"{rng.choice(wording.EXACT)} {number}" if style < 0.95 else f"{rng.choice(wording.COLLECTIONS)} {number}"
+
+
+def _one(described: str, plural: bool, mass: bool, rng: random.Random) -> str:
+    """One thing with its article; `plural` for words like scissors, `mass` for words like bread."""
+    style = rng.random()
+    if plural or (mass and style < 0.6):
+        return described if rng.random() < 0.6 else f"some {described}"
+    if style < 0.76:
+        return f"{article(described)} {described}"
+    return described if style > 0.90 else f"{rng.choice(wording.ONE)} {described}"
+
+
+def nonsense(rng: random.Random) -> str:
+    """A word that means nothing, so that the model learns to pass over words it does not know."""
+    pairs = [rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
+    return "".join(pairs) + rng.choice(("", "n", "r", "x", "l", "sh"))
+
+
+@cache
+def lexicon() -> frozenset[str]:
+    """Every word that captions are made of, lower case, names of things included, nonsense not."""
+    texts: list[str] = [*COLOURS, *wording.NUMBERS, *map(str, range(1, len(wording.NUMBERS))), "a", "an", "some", "are",
+                        "is", "grey", "draw", "please", "show", "me"]
+    for thing in objects():
+        texts += [thing.plural, *thing.names, *(plural_of(thing, noun) for noun in thing.synonyms)]
+    for index in range(len(COLOURS)):
+        texts += colour(index).words
+    for background in BACKGROUNDS.values():
+        texts += background.phrases
+    for name, value in vars(wording).items():
+        if not name.startswith("__") and name != "annotations":
+            texts += _strings(value)
+    return frozenset(word for text in texts for word in words_of(text))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, lower case; the places for groups in a template are none."""
+    return re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", re.sub(r"\{\w+\}", " ", text.lower().replace("\u2019", "'")))
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return _strings([*value, *value.values()])
+    return [text for part in value for text in _strings(part)] if isinstance(value, Iterable) else []

@@ -1,0 +1,49 @@
+"""Scenes with their placements and captions, made ahead by worker processes from seeds. Loads no torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from linocut.train.captions import normalize, sample_captions
+from linocut.train.layout import Placement, place
+from linocut.train.recipe import Recipe
+from linocut.train.scenes import Scene, sample_scene
+
+CHUNK = 2048  # scenes made by one job
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes, their placements, and some wordings of each."""
+
+    scenes: list[Scene]
+    placements: list[list[Placement]]
+    captions: list[list[str]]
+
+
+def make_scenes(recipe: Recipe, seed: int, count: int) -> Scenes:
+    """Deterministic scenes for a seed; no caption equals a held-out prompt word for word."""
+    rng = random.Random(f"{recipe.data.seed}/{seed}")
+    forbidden = frozenset(normalize(text) for text in recipe.held_out)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    return Scenes(scenes, [place(scene, rng) for scene in scenes],
+                  [sample_captions(scene, rng, recipe.data.captions, forbidden) for scene in scenes])
+
+
+def chunks(recipe: Recipe, rank: int, count: int) -> Iterator[Scenes]:
+    """Scenes of a process in chunks, made ahead by workers; the order does not depend on their number."""
+    jobs = [(recipe, rank * 1_000_000 + i, min(CHUNK, count - i * CHUNK)) for i in range(-(-count // CHUNK))]
+    workers = min(len(jobs), max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")) - 1))
+    if workers == 1:
+        yield from (make_scenes(*job) for job in jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(_make, jobs)
+
+
+def _make(job: tuple[Recipe, int, int]) -> Scenes:
+    return make_scenes(*job)
