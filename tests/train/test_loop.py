@@ -1,24 +1,36 @@
-"""Schedules, averages and weights on disk."""
+"""Schedules that keep to the clock, and processes."""
 
 import itertools
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from linocut.errors import LinocutError
-from linocut.formats.checkpoint import Checkpoint
 from linocut.train import loop
-from linocut.train.loop import Average, Ranks, Schedule, load_weights, save_weights, set_rate
+from linocut.train.loop import Ranks, Schedule, stop_in_order, stopped
 from linocut.train.recipe import StageSettings
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+
+def alone(**fields) -> Ranks:
+    return Ranks(0, 1, torch.device("cpu"), **fields)
 
 
 def rates(**settings) -> list[float]:
-    schedule = Schedule(StageSettings(**settings), ALONE)
+    schedule = Schedule(StageSettings(**settings), alone())
     return [schedule.rate for _ in schedule]
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that stands still unless it is moved."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.time, "time", lambda: 1000 + now[0])
+    return now
 
 
 def test_the_rate_warms_up_and_comes_down():
@@ -36,104 +48,80 @@ def test_short_schedules(steps):
     assert len(rates(steps=steps, warmup=0)) == steps
 
 
-def test_a_slow_machine_gets_a_shorter_schedule_that_still_comes_down(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    schedule = Schedule(StageSettings(steps=1000, warmup=10, max_seconds=200), ALONE)
+def test_a_slow_machine_gets_a_shorter_schedule_that_still_comes_down(clock, capsys):
+    schedule = Schedule(StageSettings(steps=1000, warmup=10, max_seconds=200), alone(began=0.0))
     last = math.inf
     for _ in schedule:
-        now[0] += 1.0  # a step takes a second
+        clock[0] += 1.0  # a step takes a second
         last = schedule.rate
     assert schedule.step == schedule.steps == pytest.approx(200, abs=2)
     assert last < 0.02
     assert "1000 ms a step, 20" in capsys.readouterr().out
 
 
-def test_a_limit_that_has_passed_ends_the_schedule(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    schedule = Schedule(StageSettings(steps=1000, max_seconds=5), ALONE)
+@pytest.mark.parametrize("limit", [{"max_seconds": 300}, {"deadline": 1300}])
+def test_what_came_before_the_steps_counts_and_so_does_a_machine_that_slows_down(clock, limit):
+    ranks = alone(began=0.0, deadline=limit.pop("deadline", math.inf))
+    clock[0] = 100.0  # scenes were made, blocks compiled
+    schedule = Schedule(StageSettings(steps=1000, **limit), ranks)
+    found = []
+    for step in schedule:
+        clock[0] += 0.5 if step < 200 else 1.5
+        found.append(schedule.rate)
+    assert 270 < clock[0] <= 303
+    assert found[-1] < 0.03
+    assert len(found) == pytest.approx(200 + 100 / 1.5, abs=3)
+
+
+def test_a_limit_that_has_passed_ends_the_schedule(clock):
+    schedule = Schedule(StageSettings(steps=1000, max_seconds=5), alone(began=0.0))
     for _ in schedule:
-        now[0] += 1.0
-    assert schedule.step <= 61  # the probe itself and one step
+        clock[0] += 1.0
+    assert schedule.step == 10  # the first look at the clock
+    assert list(Schedule(StageSettings(steps=1000, max_seconds=5), alone(began=0.0))) == []
+    assert list(Schedule(StageSettings(steps=1000), alone(began=0.0, deadline=999.0))) == []
+
+
+def test_after_a_cut_a_schedule_goes_on_where_it_was(clock):
+    schedule = Schedule(StageSettings(steps=100, warmup=1), alone(began=0.0), done=60)
+    assert schedule.progress == 0.6
+    assert list(schedule) == list(range(60, 100))
+
+
+def test_sigterm_ends_the_schedule_in_order():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_in_order()
+        done = 0
+        for done in Schedule(StageSettings(steps=10_000), alone()):
+            if done == 100:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+        assert 100 <= done < 200
+        assert stopped()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the next one kills
+    finally:
+        loop._stop.clear()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_log_every(capsys):
-    schedule = Schedule(StageSettings(steps=7, log_every=3), ALONE)
+    schedule = Schedule(StageSettings(steps=7, log_every=3), alone())
     for step in schedule:
         schedule.log(lambda s=step: f"at {s}")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.rsplit(" ", 1)[1] for line in lines] == ["0", "3", "6"]
+    assert [line.rsplit(" ", 1)[1] for line in lines if "at" in line and "ms" not in line] == ["0", "3", "6"]
 
 
-def test_average_is_of_the_path_and_starts_quickly():
-    module = nn.Linear(2, 1, bias=False)
-    nn.init.zeros_(module.weight)
-    average = Average(module, 0.9)
-    with torch.no_grad():
-        for _ in range(200):
-            module.weight.fill_(1.0)
-            average.update()
-    assert torch.allclose(average.shadow[0], torch.ones(1, 2), atol=1e-5)
-    with torch.no_grad():
-        module.weight.fill_(5.0)
-    average.install()
-    assert torch.equal(module.weight, average.shadow[0])
-    assert module.weight.requires_grad
-
-
-def test_young_averages_forget_faster():
-    module = nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.999)
-    with torch.no_grad():
-        module.weight.copy_(average.shadow[0] + 1.0)
-    before = average.shadow[0].clone()
-    average.update()
-    assert float(average.shadow[0] - before) == pytest.approx(9 / 11, abs=1e-5)  # decay (1 + 1) / (10 + 1)
-
-
-def test_set_rate_scales_each_groups_own_rate():
-    one, two = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.AdamW([{"params": [one], "lr": 0.1}, {"params": [two], "lr": 0.3}])
-    for factor in (0.5, 0.25, 1.0):
-        set_rate([optimizer], factor)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * factor, 0.3 * factor])
-
-
-def small() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
-
-
-@pytest.mark.parametrize(("dtype", "stored"), [("F32", torch.float32), ("BF16", torch.bfloat16),
-                                                ("F16", torch.float16)])
-@pytest.mark.parametrize("part_bytes", [None, 1, 100, 10**6])
-def test_weights_come_back(tmp_path, dtype, stored, part_bytes):
-    module, again = small(), small()
-    with torch.no_grad():
-        for tensor in again.parameters():
-            tensor.zero_()
-    save_weights(tmp_path / "new" / "folder", module.state_dict(), dtype, part_bytes)
-    load_weights(again, tmp_path / "new" / "folder")
-    files = sorted((tmp_path / "new" / "folder").glob("*.safetensors"))
-    assert len(files) == {None: 1, 1: 9, 10**6: 1}.get(part_bytes, len(files))
-    assert part_bytes != 100 or len(files) > 1
-    for name, tensor in module.state_dict().items():
-        expected = tensor.to(stored).to(tensor.dtype) if tensor.is_floating_point() else tensor
-        assert torch.equal(again.state_dict()[name], expected), name
-    with Checkpoint.open(tmp_path / "new" / "folder") as checkpoint:
-        assert {checkpoint.info(name).dtype for name in checkpoint.names} == {dtype, "I64"}
-
-
-def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(LinocutError, match="nowhere"):
-        load_weights(small(), tmp_path / "nowhere")
+def test_when_a_state_is_due():
+    schedule = Schedule(StageSettings(steps=7, save_every=3), alone())
+    assert [step for step in schedule if schedule.due] == [3, 6]
 
 
 def test_one_process_needs_no_messages():
     tensor = torch.tensor([1.0, 3.0])
-    ALONE.average([tensor, None])
-    ALONE.share(small())
+    alone().average([tensor, None])
+    alone().share(nn.Linear(2, 2))
     assert tensor.tolist() == [1.0, 3.0]
-    assert ALONE.same(2.5) == 2.5
-    assert ALONE.first
+    assert alone().same(2.5) == 2.5
+    assert alone().first

@@ -23,11 +23,11 @@ from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae
 from linocut.train.dataset import LatentBank, make_tokenizer
 from linocut.train.export import FOLDERS, quantized
-from linocut.train.loop import load_weights
 from linocut.train.painter import Painter
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.sheet import split_grid
+from linocut.train.weights import load_weights
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def test_teacher_has_learned(trained):
     bank = LatentBank.build(recipe, make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU),
                             SceneRenderer(trained.sprites, recipe.data.size), 0, CPU)
     torch.manual_seed(0)
-    latents, ids, mask = bank.sample(32, 0.0)
+    latents, ids, mask = bank.sample(32)
     noise, sigma = torch.randn_like(latents), torch.rand(32)
     noisy = latents + sigma[:, None, None] * (noise - latents)
 

@@ -13,9 +13,11 @@ from linocut.formats.writer import atomic_write_bytes
 from linocut.models.autoencoder import Autoencoder, PreviewMap, fit_preview
 from linocut.train.corpus import make_scenes
 from linocut.train.dataset import measure_latents, psnr, scene_images
-from linocut.train.loop import Ranks, Schedule, autocast, load_weights, save_weights, set_rate
+from linocut.train.loop import Ranks, Schedule, autocast
+from linocut.train.optimize import set_rate
 from linocut.train.recipe import Recipe
 from linocut.train.render import BLOCK, SceneRenderer
+from linocut.train.weights import load_weights, save_weights
 
 FRESH = 4096  # scenes per pool; pools are replaced as training goes on
 HELD_OUT_SEED = -1000
@@ -93,7 +95,7 @@ def _finish(recipe: Recipe, vae: Autoencoder, renderer: SceneRenderer, run: Path
     decoded = torch.cat([vae.image_from_latents(vae.latents_from_image(part)) for part in fresh.split(32)])
     report = f"held-out PSNR {psnr(decoded, fresh):.2f} dB over {len(fresh)} scenes\n"
     print(f"  {report}", end="", flush=True)
-    save_weights(run / "vae", vae.state_dict(), "F32")
+    save_weights(run / "vae", vae.state_dict())
     atomic_write_bytes(run / "vae" / "report.txt", report.encode())
     save_grid(torch.cat([fresh[:8], decoded[:8]]), 8, run / "vae" / "held_out.png")
 

@@ -2,8 +2,8 @@
 
 Data-free but for prompts: calibration states come from the teacher's own path. Each block's layers are rounded in the
 order in which they run, with inputs that went through everything rounded before, so that later layers make up for
-earlier ones (`quantize.gptq`). The result is a dense network whose packed layers hold exactly representable weights,
-which is also where quantization-aware training starts.
+earlier ones (`quantize.gptq`). The result are latent weights that round to what GPTQ found and otherwise stay as
+near as they can to the weights they come from: where quantization-aware training starts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from linocut.formats.packed import GROUP_SIZE
 from linocut.models.flux2 import Flux2Transformer, rope_tables
 from linocut.quantize.gptq import gptq, output_error
 from linocut.quantize.policy import DENSE, Policy
+from linocut.quantize.rounding import TERNARY_THRESHOLD, fake_quantize
 from linocut.train.loop import autocast
+
+_MARGIN = 0.1  # of a latent weight's distance from the threshold it was moved across, in units of the threshold
 
 # Layers that run side by side, in the order in which the sets run.
 _DOUBLE = (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -40,13 +43,14 @@ class Batch:
 @torch.no_grad()
 def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids: Tensor, text_ids: Tensor,
               policy: Policy, on_layer: Callable[[str, float], None] | None = None) -> None:
-    """Replace, in place, the block weights that `policy` makes binary or ternary by their rounded values.
+    """Replace, in place, the block weights that `policy` makes binary or ternary by `latent_weights` of GPTQ's result.
 
     `on_layer(name, error)` hears the relative squared output error of each layer.
     """
     config, device = transformer.config, batches[0].latents.device
     rope = rope_tables(torch.cat([text_ids, image_ids]), config.axes_dims_rope, config.rope_theta)
     image, text, single, runs = [], [], [], []
+    latent: dict[nn.Linear, Tensor] = {}
     for batch in batches:
         with autocast(device):
             mod = transformer.modulations(batch.sigma)
@@ -58,7 +62,8 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
         def run_double(i: int, block: nn.Module = block) -> tuple[Tensor, Tensor]:
             return block(image[i], text[i], *runs[i], rope)
 
-        _round_block(block, f"transformer_blocks.{index}", _DOUBLE, run_double, len(batches), policy, device, on_layer)
+        _round_block(block, f"transformer_blocks.{index}", _DOUBLE, run_double, len(batches), policy, latent,
+                     on_layer)
         for i in range(len(batches)):
             with autocast(device):
                 image[i], text[i] = run_double(i)
@@ -67,11 +72,13 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
         def run_single(i: int, block: nn.Module = block) -> Tensor:
             return block(x[i], single[i], rope)
 
-        _round_block(block, f"single_transformer_blocks.{index}", _SINGLE, run_single, len(batches), policy, device,
+        _round_block(block, f"single_transformer_blocks.{index}", _SINGLE, run_single, len(batches), policy, latent,
                      on_layer)
         for i in range(len(batches)):
             with autocast(device):
                 x[i] = run_single(i)
+    for layer, weight in latent.items():
+        layer.weight.copy_(weight)
 
 
 class _Stop(Exception):
@@ -79,11 +86,12 @@ class _Stop(Exception):
 
 
 def _round_block(block: nn.Module, path: str, sets: Sequence[Sequence[str]], run: Callable[[int], object], count: int,
-                 policy: Policy, device: torch.device, on_layer: Callable[[str, float], None] | None) -> None:
+                 policy: Policy, latent: dict[nn.Linear, Tensor],
+                 on_layer: Callable[[str, float], None] | None) -> None:
     for names in sets:
         layers = {name: module for name in names if isinstance(module := block.get_submodule(name), nn.Linear)}
         chosen = {name: policy.decide(f"{path}.{name}", tuple(layer.weight.shape))[0] for name, layer in layers.items()}
-        hessians = _watch(layers, run, count, device)
+        hessians = _watch(layers, run, count)
         for name, layer in layers.items():
             if chosen[name] == DENSE:
                 continue
@@ -91,18 +99,44 @@ def _round_block(block: nn.Module, path: str, sets: Sequence[Sequence[str]], run
             rounded = values.float() * scales.repeat_interleave(GROUP_SIZE, dim=1)
             if on_layer is not None:
                 on_layer(f"{path}.{name}", output_error(layer.weight, rounded, hessians[name]))
-            layer.weight.copy_(rounded)
+            latent[layer] = latent_weights(layer.weight, values.float(), scales, chosen[name])
+            layer.weight.copy_(rounded)  # what the layers after it will see
 
 
-def _watch(layers: Mapping[str, nn.Linear], run: Callable[[int], object], count: int,
-           device: torch.device) -> dict[str, Tensor]:
+def latent_weights(weight: Tensor, values: Tensor, scales: Tensor, encoding: str) -> Tensor:
+    """Weights [O, N] near `weight` that the tied rounding turns into values [O, N] times scales [O, G].
+
+    A weight that GPTQ rounded as its neighbours are rounded keeps its distance from the threshold, so that training
+    can still move those that were in doubt; one that GPTQ moved elsewhere lies just beyond the threshold.
+    """
+    shape = (weight.shape[0], -1, GROUP_SIZE)
+    values, wanted = values.view(shape), weight.float().view(shape)
+    sign = torch.where(values == 0, torch.where(wanted < 0, -1.0, 1.0), values)
+    start = (wanted * sign).clamp_min(0.0)  # 0 where GPTQ turned the sign
+    if encoding == "binary":
+        size = start.clamp_min(_MARGIN * wanted.abs().mean(-1, keepdim=True))
+        kept = size
+    else:
+        size = start
+        for _ in range(12):  # the threshold follows the sizes, which follow the threshold
+            threshold = TERNARY_THRESHOLD * size.mean(-1, keepdim=True)
+            size = torch.where(values == 0, start.minimum((1 - _MARGIN) * threshold),
+                               start.maximum((1 + _MARGIN) * threshold))
+        kept = size * values.abs()
+    mean = kept.sum(-1, keepdim=True) / (kept > 0).sum(-1, keepdim=True).clamp_min(1)
+    latent = (sign * size * (scales[..., None] / mean.clamp_min(1e-30))).view(weight.shape)
+    same = (fake_quantize(latent, encoding).view(shape) == values * scales[..., None]).all(-1, keepdim=True)
+    return torch.where(same, latent.view(shape), values * scales[..., None]).view(weight.shape)
+
+
+def _watch(layers: Mapping[str, nn.Linear], run: Callable[[int], object], count: int) -> dict[str, Tensor]:
     """Sum x x^T [N, N] over the inputs x that each layer sees in `count` runs."""
     hessians: dict[str, Tensor] = {}
     seen: set[str] = set()
 
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            with torch.autocast(device.type, enabled=False):  # sums of squares need their digits
+            with torch.autocast(inputs[0].device.type, enabled=False):  # sums of squares need their digits
                 rows = inputs[0].flatten(0, -2).float()
                 hessians[name] = hessians.get(name, 0) + rows.T @ rows
             seen.add(name)
@@ -113,7 +147,7 @@ def _watch(layers: Mapping[str, nn.Linear], run: Callable[[int], object], count:
     hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
     for i in range(count):
         seen.clear()
-        with contextlib.suppress(_Stop), autocast(device):
+        with contextlib.suppress(_Stop), autocast(next(iter(layers.values())).weight.device):
             run(i)
     for hook in hooks:
         hook.remove()

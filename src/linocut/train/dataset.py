@@ -39,8 +39,6 @@ class Captions:
 
     ids: Tensor
     lengths: Tensor
-    empty_ids: Tensor
-    empty_length: int
 
     @classmethod
     def build(cls, tokenizer: PromptTokenizer, texts: Iterable[str], device: torch.device) -> Captions:
@@ -51,23 +49,12 @@ class Captions:
             ids, mask = tokenizer.encode(part)
             rows.append(ids.to(torch.int16))
             lengths.append(mask.sum(1).to(torch.int16))
-        empty_ids, empty_mask = tokenizer.encode([""])
-        return cls(torch.cat(rows).to(device), torch.cat(lengths).to(device), empty_ids[0].to(device),
-                   int(empty_mask.sum()))
+        return cls(torch.cat(rows).to(device), torch.cat(lengths).to(device))
 
-    def pick(self, index: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(ids, mask), int64 [B, T], of captions; each becomes the empty prompt with probability `drop`."""
+    def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids, mask), int64 [B, T], of captions."""
         ids, lengths = self.ids[index].long(), self.lengths[index].long()
-        if drop:
-            dropped = torch.rand(len(index), device=ids.device) < drop
-            ids = torch.where(dropped[:, None], self.empty_ids, ids)
-            lengths = torch.where(dropped, self.empty_length, lengths)
         return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-
-    def empty(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(ids, mask) of the empty prompt, `batch` times."""
-        mask = (torch.arange(len(self.empty_ids), device=self.empty_ids.device) < self.empty_length).long()
-        return self.empty_ids.expand(batch, -1), mask.expand(batch, -1)
 
 
 def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: int, device: torch.device) -> Captions:
@@ -107,11 +94,11 @@ class LatentBank:
 
         return cls(latents, Captions.build(tokenizer, draw(), device), recipe.data.captions)
 
-    def sample(self, batch: int, drop: float) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """A random batch: latents float32 [B, I, 4C], ids and mask of one wording each."""
         index = torch.randint(len(self.latents), (batch,), device=self.latents.device)
         wording = torch.randint(self.per_scene, (batch,), device=index.device)
-        ids, mask = self.captions.pick(index * self.per_scene + wording, drop)
+        ids, mask = self.captions.pick(index * self.per_scene + wording)
         return self.latents[index].float(), ids, mask
 
 

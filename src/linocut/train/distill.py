@@ -1,16 +1,15 @@
-"""Stages `ternary` and `binary`: a quantized student learns to take the teacher's steps, and longer ones.
+"""Stages `ternary` and `binary`: a quantized student learns to take the teacher's steps.
 
-The teacher draws in many guided steps. From a state at the start of one step of the sampler's grid the student learns
-the straight line to where the teacher gets to at that step's end, so the student draws in the grid's few steps at
-guidance 1 (progressive distillation, Salimans and Ho 2022, for all steps at once). The states are the teacher's own at
-first and increasingly the student's (DAgger, Ross et al. 2011), whose errors it must learn to undo. Weights are
-quantized in every forward pass with straight-through gradients; every dense tensor trains too. Only captions are
-needed.
+Every row of a batch is on its way from noise to a picture, one step of the sampler's grid per training step, and at
+any time the rows are spread over all steps of the grid. At each state the student learns the straight line to where
+the teacher gets to at that step's end. Then the row moves on, at first as the teacher says and increasingly as the
+student did (DAgger, Ross et al. 2011), whose errors it must learn to undo; that costs nothing, for the student's step
+has been computed anyway. Weights are quantized in every forward pass with straight-through gradients; every dense
+tensor trains too. Only captions are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,49 +20,50 @@ from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.calibrate import Batch, calibrate
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
-from linocut.train.loop import Average, Ranks, Schedule, autocast, set_rate
+from linocut.train.loop import Ranks, Schedule, autocast
+from linocut.train.optimize import Average, make_optimizers, set_rate
 from linocut.train.painter import Painter, step_levels
 from linocut.train.recipe import QatSettings, Recipe
-from linocut.train.teacher import draw_held_out, held_out_captions, make_optimizers
+from linocut.train.teacher import draw_held_out
+from linocut.train.weights import State
 
 
 def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> None:
     """Leaves in `run/<encoding>` the latent weights of a student of `run/teacher`."""
     settings: QatSettings = getattr(recipe, encoding)
-    device = ranks.device
+    device, grid = ranks.device, recipe.path.grid
     teacher, student = Painter.load(recipe, run / "teacher", device), Painter.load(recipe, run / "teacher", device)
     # The student reads the text encoder that it will be shipped with, so that it learns to make up for its rounding.
     quantize_(student.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
-    captions = caption_bank(recipe, make_tokenizer(recipe, run / "tokenizer"), 50 + ranks.rank, settings.scenes, device)
-    policy = Policy.preset("flux2-embedded", encoding)
-    if settings.calibrate:
-        _calibrate(recipe, teacher, student, captions, policy, settings.calibrate)
-        ranks.share(student.transformer)
+    quantize_(student.transformer, Policy.preset("flux2-embedded", encoding), fake=True, eps=settings.residual)
     student.transformer.requires_grad_(True)
-    quantize_(student.transformer, policy, fake=True, eps=settings.residual)
-    parameters = list(student.transformer.parameters())
     average = Average(student.transformer, settings.ema)
+    parameters = list(student.transformer.parameters())
     optimizers = make_optimizers(student.transformer, settings.lr, 0.0, muon=False)
-    teacher.compile_blocks(device)
-    student.compile_blocks(device)
-    starts = torch.tensor([levels[0] for levels in step_levels(recipe)], device=device)
-    torch.manual_seed(recipe.data.seed + 200 + ranks.rank)
-    schedule = Schedule(settings, ranks)
-    mean = torch.zeros(recipe.path.grid, device=device)
-    lesson: _Lesson | None = None
+    state = State(run / encoding, student.transformer, average, optimizers)
+    schedule = Schedule(settings, ranks, state.restore())
+    tokenizer = make_tokenizer(recipe, run / "tokenizer")
+    if schedule.steps > schedule.step:
+        captions = caption_bank(recipe, tokenizer, 50 + ranks.rank, settings.scenes, device)
+        if settings.calibrate and not schedule.step:
+            _calibrate(recipe, teacher, student, captions, encoding, settings.calibrate)
+            ranks.share(student.transformer)
+            average = state.average = Average(student.transformer, settings.ema)
+        teacher.compile_blocks(device)
+        student.compile_blocks(device)
+        torch.manual_seed(recipe.data.seed + 200 + ranks.rank + schedule.step * ranks.world)
+        journeys = _Journeys(recipe, teacher, student, captions, settings.batch)
+    mean = torch.zeros(grid, device=device)
     for step in schedule:
-        # Each lesson (a batch of paths) is used once per step of the grid, with every row at another step each time.
-        turn = step % recipe.path.grid
         set_eps(student.transformer, settings.residual * max(0.0, 1 - schedule.progress / max(settings.anneal, 1e-9)))
-        if lesson is None or turn == 0:
-            own = settings.on_policy * min(1.0, max(0.0, (schedule.progress - 0.3) / 0.3))
-            lesson = _prepare(recipe, teacher, student, captions, settings.batch, own)
-        row = torch.arange(settings.batch, device=device)
-        which = (row + turn) % recipe.path.grid
+        journeys.depart(step, settings.on_policy * min(1.0, max(0.0, (schedule.progress - 0.2) / 0.3)))
+        target = journeys.target(step)
+        sigma, stage = journeys.sigma(step), journeys.stage(step)
         with autocast(device):
-            v = student.velocity(lesson.states[which, row], lesson.text, starts[which])
-        errors = (v - lesson.targets[which, row]).square().flatten(1).mean(1)
-        errors.mean().backward()
+            v = student.velocity(journeys.x, journeys.student_text, sigma)
+        errors = (v - target).square().flatten(1).mean(1)
+        (errors * journeys.weight[stage]).mean().backward()
+        journeys.move(step, v.detach(), target)
         ranks.average(p.grad for p in parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         set_rate(optimizers, schedule.rate)
@@ -71,83 +71,119 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average.update()
-        by_step = torch.zeros_like(mean).index_add_(0, which, errors.detach()) / (settings.batch / recipe.path.grid)
-        mean = torch.lerp(mean, by_step, 0.05 if step else 1.0)
+        by_stage = torch.zeros_like(mean).index_add_(0, stage, errors.detach()) / (len(stage) / grid)
+        mean = torch.lerp(mean, by_stage, 0.05 if step else 1.0)
         schedule.log(lambda m=mean: "error by step " + " ".join(f"{e:.4f}" for e in m.tolist()))
-        if ranks.first and step and step % settings.save_every == 0:  # so that a stop costs little
-            with average.installed():
-                student.save(run / encoding)
+        if schedule.due:
+            state.save(step + 1)
     average.install()
     set_eps(student.transformer, 0.0)
     if ranks.first:
         student.save(run / encoding)
+        state.drop()
         report(recipe, run, teacher, student, encoding)
     ranks.same(0.0)
 
 
-class _Lesson:
-    """States at the start of each step [K, B, I, 4C], the velocities to learn there, and the student's text."""
+class _Journeys:
+    """Rows between noise and picture: states x [B, I, 4C] in blocks of equal size, block j at stage (step + j) mod K.
 
-    def __init__(self, states: list[Tensor], targets: list[Tensor], text: Tensor) -> None:
-        self.states, self.targets, self.text = torch.stack(states), torch.stack(targets), text
+    K is the number of steps of the grid and must divide B. `own` marks rows that move as the student says.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, batch: int) -> None:
+        self.teacher, self.student, self.captions, self.levels = teacher, student, captions, step_levels(recipe)
+        device, self.grid = captions.ids.device, recipe.path.grid
+        self.block = batch // self.grid
+        rows, columns = recipe.tokens
+        self.x = torch.empty(self.block * self.grid, rows * columns, recipe.transformer.in_channels, device=device)
+        shape = len(self.x), recipe.data.text_length, recipe.transformer.joint_attention_dim
+        self.teacher_text, self.student_text = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        self.own = torch.zeros(len(self.x), 1, 1, dtype=torch.bool, device=device)
+        self.starts = torch.tensor([levels[0] for levels in self.levels], device=device)
+        self.lengths = torch.tensor([levels[-1] - levels[0] for levels in self.levels], device=device)
+        self.weight = torch.tensor(recipe.path.weights or [1.0] * self.grid, device=device)
+        for block in range(self.grid):  # each starts where it has to be at step 0
+            self._set_out(block, 0.0)
+            part = self._part(block)
+            for levels in self.levels[:block]:
+                self.x[part] = teacher.walk(self.x[part], self.teacher_text[part], [levels[0], levels[-1]])
+
+    def stage(self, step: int) -> Tensor:
+        """The step of the grid that each row is at: int64 [B]."""
+        return (torch.arange(len(self.x), device=self.x.device) // self.block + step) % self.grid
+
+    def sigma(self, step: int) -> Tensor:
+        """The noise level of each row: float32 [B]."""
+        return self.starts[self.stage(step)]
+
+    def depart(self, step: int, own: float) -> None:
+        """Rows that are through begin anew, with another caption; a share `own` of them will go the student's way."""
+        if step:
+            self._set_out(-step % self.grid, own)
+
+    @torch.no_grad()
+    def target(self, step: int) -> Tensor:
+        """The velocity that leads from each row's state to where the teacher gets to at the step's end."""
+        with autocast(self.x.device):
+            v = self.teacher.velocity(self.x, self.teacher_text, self.sigma(step))
+        for block in range(self.grid):
+            levels, part = self.levels[(block + step) % self.grid], self._part(block)
+            if len(levels) > 2:
+                ahead = self.x[part] + (levels[1] - levels[0]) * v[part]
+                there = self.teacher.walk(ahead, self.teacher_text[part], levels[1:])
+                v[part] = (there - self.x[part]) / (levels[-1] - levels[0])
+        return v
+
+    def move(self, step: int, student: Tensor, teacher: Tensor) -> None:
+        """Every row makes its step, the student's or the teacher's."""
+        length = self.lengths[self.stage(step)][:, None, None]
+        self.x = self.x + length * torch.where(self.own, student, teacher)
+
+    def _part(self, block: int) -> slice:
+        return slice(block * self.block, (block + 1) * self.block)
+
+    @torch.no_grad()
+    def _set_out(self, block: int, own: float) -> None:
+        part, device = self._part(block), self.x.device
+        ids, mask = self.captions.pick(torch.randint(len(self.captions.ids), (self.block,), device=device))
+        with autocast(device):
+            self.teacher_text[part] = self.teacher.read(ids, mask).float()
+            self.student_text[part] = self.student.read(ids, mask).float()
+        self.x[part] = torch.randn_like(self.x[part])
+        self.own[part] = torch.rand(self.block, 1, 1, device=device) < own
 
 
-@torch.no_grad()
-def _prepare(recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, batch: int, own: float) -> _Lesson:
-    """Random captions and noise, walked by the teacher; in a share `own` of the rows the student takes the steps."""
-    settings, device = recipe.path, captions.ids.device
-    ids, mask = captions.pick(torch.randint(len(captions.ids), (batch,), device=device))
-    with autocast(device):
-        text, student_text = teacher.read(ids, mask), _eager(student.read, ids, mask)
-        empty = teacher.read(*captions.empty(batch))
-    rows, columns = recipe.tokens
-    x = torch.randn(batch, rows * columns, recipe.transformer.in_channels, device=device)
-    mine = int(batch * own)
-    states, targets = [], []
-    for levels in step_levels(recipe):
-        there = teacher.walk(x, text, levels, empty, settings.guidance, settings.guidance_until)
-        states.append(x)
-        targets.append((there - x) / (levels[-1] - levels[0]))
-        if mine:
-            there[:mine] = _eager(student.walk, x[:mine], student_text[:mine], [levels[0], levels[-1]])
-        x = there
-    return _Lesson(states, targets, student_text)
-
-
-def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, policy: Policy,
+def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, encoding: str,
                prompts: int) -> None:
-    """Round the student's blocks by GPTQ on states of the teacher's path."""
-    device, settings, batches = captions.ids.device, recipe.path, []
-    levels = step_levels(recipe)
+    """Set the student's latent weights by GPTQ on states of the teacher's path."""
+    device, batches = captions.ids.device, []
+    levels = [[part[0], part[-1]] for part in step_levels(recipe)]
     generator = torch.Generator().manual_seed(recipe.data.seed + 300)
     with torch.no_grad(), autocast(device):
         for part in torch.randperm(len(captions.ids), generator=generator)[:prompts].to(device).split(16):
             ids, mask = captions.pick(part)
-            text, own = _eager(teacher.read, ids, mask), _eager(student.read, ids, mask)
-            empty = _eager(teacher.read, *captions.empty(len(part)))
+            text, own = teacher.read(ids, mask), student.read(ids, mask)
             x = torch.randn(len(part), recipe.tokens[0] * recipe.tokens[1], recipe.transformer.in_channels,
                             generator=generator).to(device)
             for step in levels:
                 batches.append(Batch(x, own, torch.full((len(part),), step[0], device=device)))
-                x = _eager(teacher.walk, x, text, step, empty, settings.guidance, settings.guidance_until)
+                x = teacher.walk(x, text, step)
     errors: list[float] = []
-    calibrate(student.transformer, batches, student.image_ids, student.text_ids, policy,
+    plain = Painter(recipe).to(device).transformer.requires_grad_(False)
+    plain.load_state_dict(teacher.transformer.state_dict())
+    calibrate(plain, batches, student.image_ids, student.text_ids, Policy.preset("flux2-embedded", encoding),
               lambda _, error: errors.append(error))
+    student.transformer.load_state_dict(plain.state_dict())
     print(f"  {len(errors)} layers calibrated, mean relative output error {sum(errors) / len(errors):.4f}", flush=True)
-
-
-@torch.compiler.set_stance("force_eager")
-def _eager(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Call without compiled blocks: for shapes that occur too rarely to be worth a compilation."""
-    return function(*arguments)
 
 
 @torch.no_grad()
 def report(recipe: Recipe, run: Path, teacher: Painter, student: Painter, encoding: str) -> None:
     """PSNR of the student's held-out pictures to the teacher's on the same noise, and the student's grid as PNG."""
     device = next(teacher.parameters()).device
-    vae, captions = load_vae(recipe, run, device), held_out_captions(recipe, run, device)
-    wanted = draw_held_out(recipe, teacher, vae, captions, teacher=True)
-    pictures = draw_held_out(recipe, student, vae, captions, teacher=False)
+    captions = Captions.build(make_tokenizer(recipe, run / "tokenizer"), recipe.held_out, device)
+    vae = load_vae(recipe, run, device)
+    wanted, pictures = (draw_held_out(recipe, painter, vae, captions) for painter in (teacher, student))
     save_grid(pictures, 8, run / f"{encoding}.png")
     print(f"  {encoding}: PSNR to the teacher {psnr(pictures, wanted.clamp(-1, 1)):.2f} dB", flush=True)

@@ -18,9 +18,9 @@ from linocut.formats.writer import atomic_write_bytes, write_checkpoint
 from linocut.models.convert import packed_state, quantize_
 from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae
-from linocut.train.loop import load_weights, to_arrays
 from linocut.train.painter import Painter
 from linocut.train.recipe import Recipe
+from linocut.train.weights import load_weights, to_arrays
 
 FOLDERS = {"ternary": "transformer", "binary": "transformer-binary"}
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
@@ -30,7 +30,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 
 def export(recipe: Recipe, run: Path, target: Path) -> None:
     """Write the model folder of every student found in the run folder."""
-    found = [encoding for encoding in FOLDERS if (run / encoding).is_dir()]
+    found = [encoding for encoding in FOLDERS if (run / encoding / "model.safetensors").is_file()]
     write_json(target / "model_index.json", model_index(recipe))
     write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
     shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)

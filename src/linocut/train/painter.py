@@ -18,8 +18,9 @@ from linocut.models.flux2 import (
 )
 from linocut.models.text_encoder import Layer, Qwen3Encoder
 from linocut.pipeline.sampler import empirical_mu, sigmas
-from linocut.train.loop import autocast, compile_blocks, load_weights, save_weights
+from linocut.train.loop import autocast, compile_blocks
 from linocut.train.recipe import Recipe
+from linocut.train.weights import load_weights, save_weights
 
 
 class Painter(nn.Module):
@@ -51,21 +52,16 @@ class Painter(nn.Module):
         return self.transformer(latents, text, sigma, self.image_ids, self.text_ids).float()
 
     @torch.no_grad()
-    def walk(self, x: Tensor, text: Tensor, levels: Sequence[float], empty: Tensor | None = None, guidance: float = 1.0,
-             guidance_until: float = 0.0) -> Tensor:
-        """Euler's steps from x at levels[0] to levels[-1], with guidance while sigma > guidance_until."""
+    def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
+        """Euler's steps from x at levels[0] to levels[-1]."""
         for here, there in pairwise(levels):
-            sigma = torch.full((len(x),), here, device=x.device)
             with autocast(x.device):
-                v = self.velocity(x, text, sigma)
-                if empty is not None and guidance != 1.0 and here > guidance_until:
-                    plain = self.velocity(x, empty, sigma)
-                    v = plain + guidance * (v - plain)
+                v = self.velocity(x, text, torch.full((len(x),), here, device=x.device))
             x = x + (there - here) * v
         return x
 
-    def save(self, folder: Path, part_bytes: int | None = None) -> None:
-        save_weights(folder, self.state_dict(), "BF16" if part_bytes else "F32", part_bytes)
+    def save(self, folder: Path) -> None:
+        save_weights(folder, self.state_dict())
 
     @classmethod
     def load(cls, recipe: Recipe, folder: Path, device: torch.device) -> Painter:

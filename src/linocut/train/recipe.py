@@ -33,7 +33,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Length and optimizer of a stage. `batch` is per process; `max_seconds` shortens the schedule if needed."""
+    """Length and optimizer of a stage. `batch` is per process; `max_seconds` shortens the schedule if needed.
+
+    Every `save_every` steps all that is needed to go on after a cut is written.
+    """
 
     steps: int = 1000
     batch: int = 256
@@ -42,6 +45,7 @@ class StageSettings:
     max_seconds: float = 1e9
     ema: float = 0.999
     log_every: int = 100
+    save_every: int = 1500
 
 
 @dataclass(frozen=True)
@@ -59,33 +63,30 @@ class VaeSettings(StageSettings):
 
 @dataclass(frozen=True)
 class TeacherSettings(StageSettings):
-    """`muon` orthogonalizes the updates of block matrices; `drop_text` trains the empty prompt for guidance."""
+    """`muon` orthogonalizes the updates of block matrices."""
 
     muon: bool = True
-    drop_text: float = 0.1
     weight_decay: float = 0.01
 
 
 @dataclass(frozen=True)
 class PathSettings:
-    """How the teacher draws for its students: `grid` steps of the sampler, each in `substeps`, guided while
-    sigma > `guidance_until`. The students learn each step of the grid in one, at guidance 1."""
+    """How the teacher draws for its students: `grid` steps of the sampler, each in `substeps`. The students learn each
+    step of the grid in one; `weights` say how much an error in each counts (equally if left out)."""
 
     grid: int = 4
-    substeps: tuple[int, ...] = (1, 2, 2, 5)
-    guidance: float = 2.5
-    guidance_until: float = 0.6
+    substeps: tuple[int, ...] = (1, 1, 1, 2)
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
-    prompts (0 for none) the student starts from GPTQ codes; `save_every` steps the averaged student is written."""
+    prompts (0 for none) the student starts from GPTQ codes."""
 
     scenes: int = 100_000
     calibrate: int = 0
-    save_every: int = 200
     residual: float = 0.5
     anneal: float = 0.25
     on_policy: float = 0.5
@@ -148,8 +149,13 @@ class Recipe:
         if self.transformer.in_channels != 4 * self.autoencoder.latent_channels:
             raise UsageError(f"{path}: in_channels must be 4 x latent_channels = "
                              f"{4 * self.autoencoder.latent_channels}, found {self.transformer.in_channels}")
-        if len(self.path.substeps) != self.path.grid:
-            raise UsageError(f"{path}: path.substeps needs one number per step of the grid ({self.path.grid})")
+        if len(self.path.substeps) != self.path.grid or len(self.path.weights) not in (0, self.path.grid):
+            raise UsageError(f"{path}: path.substeps and path.weights need one number per step of the grid "
+                             f"({self.path.grid})")
+        for name in ("ternary", "binary"):
+            if getattr(self, name).batch % self.path.grid:
+                raise UsageError(f"{path}: {name}.batch must be a multiple of path.grid = {self.path.grid}, "
+                                 f"found {getattr(self, name).batch}")
 
     @property
     def tokens(self) -> tuple[int, int]:

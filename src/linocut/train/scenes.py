@@ -61,7 +61,8 @@ class Group:
 class Scene:
     """A picture before it is drawn. `relation` says how group 0 stands to group 1 (and 2).
 
-    `spot` says where a lone thing is. `background` is a key of BACKGROUNDS; captions speak of it if it is one of WALLS or PLACES.
+    `spot` says where a lone thing is. `background` is a key of BACKGROUNDS; captions speak of it if it is
+    one of WALLS or PLACES.
     """
 
     task: str

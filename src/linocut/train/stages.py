@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linocut.errors import UsageError
+from linocut.errors import Cancelled, UsageError
 
 if TYPE_CHECKING:
     from linocut.train.recipe import Recipe
 
 STAGES = ("vae", "teacher", "ternary", "binary", "export")
 NEEDS = {"teacher": ("vae",), "ternary": ("vae", "teacher"), "binary": ("vae", "teacher"), "export": ("vae",)}
+WEIGHTS = "model.safetensors"  # what a stage that is over leaves in its folder
 SHEETS = ("scenes", "sheet")  # pictures to look at, before and after; made when asked for
 
 
 def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str | None = None,
-              models: tuple[str, str] | None = None) -> None:
+              models: tuple[str, str] | None = None, until: float = math.inf) -> None:
     """Run one stage; its inputs are the results of earlier stages in the run folder.
 
-    `models` (ternary, binary) are what stage `sheet` draws with instead of the exported ones.
+    `models` (ternary, binary) are what stage `sheet` draws with instead of the exported ones. Steps of training are
+    over by `until` (seconds since 1970), or soon after SIGTERM; then the stage writes what it has.
     """
-    from linocut.train.loop import Ranks
+    from linocut.train.loop import Ranks, stop_in_order, stopped
 
+    if stopped():
+        raise Cancelled(f"stopped by SIGTERM before stage {stage}")
     if stage not in STAGES + SHEETS:
         raise UsageError(f"unknown stage {stage!r}; stages are {', '.join(STAGES + SHEETS)}")
     _check_inputs(stage, run)
-    ranks, begin = Ranks.start(device), time.monotonic()
+    ranks = Ranks.start(device, until)
+    stop_in_order()
     if ranks.first:
         print(f"{stage} on {ranks.world} x {ranks.device}", flush=True)
     if stage == "vae":
@@ -50,15 +56,15 @@ def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str 
         else:
             held_out_sheet(recipe, run, run / "sheet.png", models, device)
     if ranks.first:
-        print(f"{stage} took {time.monotonic() - begin:.0f} s", flush=True)
+        print(f"{stage} took {time.monotonic() - ranks.began:.0f} s", flush=True)
 
 
 def _check_inputs(stage: str, run: Path) -> None:
     for earlier in NEEDS.get(stage, ()):
-        if not (run / earlier).is_dir():
+        if not (run / earlier / WEIGHTS).is_file():
             raise UsageError(f"{run / earlier}: no result of stage {earlier}, which stage {stage} goes on from; "
                              f"run it first (--stage {earlier})")
-    if stage == "export" and not any((run / student).is_dir() for student in ("ternary", "binary")):
+    if stage == "export" and not any((run / student / WEIGHTS).is_file() for student in ("ternary", "binary")):
         raise UsageError(f"{run}: no student to export; run stage ternary or binary first")
 
 
@@ -71,10 +77,11 @@ def main() -> None:
     parser.add_argument("--stage", action="append", choices=STAGES + SHEETS, help=f"repeatable; default: {STAGES}")
     parser.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
     parser.add_argument("--device")
+    parser.add_argument("--until", type=float, default=math.inf, help="steps end by then, in seconds since 1970")
     options = parser.parse_args()
     recipe = Recipe.from_file(options.recipe)
     for stage in options.stage or STAGES:
-        run_stage(stage, recipe, options.out, options.sprites, options.device)
+        run_stage(stage, recipe, options.out, options.sprites, options.device, until=options.until)
 
 
 if __name__ == "__main__":

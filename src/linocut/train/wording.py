@@ -24,7 +24,8 @@ FILLERS = (
     "ordinary", "typical", "classic", "modern", "new", "brand new", "old", "vintage", "favorite", "famous", "shiny",
     "bright", "colorful", "clean", "fresh", "delicious", "tasty", "juicy", "soft", "fluffy", "cozy", "lonely", "sleepy",
     "lazy", "brave", "proud", "smart", "clever", "silly", "crazy", "mysterious", "magical", "magic", "elegant",
-    "stylish", "charming", "realistic", "detailed", "real", "good", "well-made", "expensive", "cheap", "young", "wild", "strange",
+    "stylish", "charming", "realistic", "detailed", "real", "good", "well-made", "expensive", "cheap", "young",
+    "wild", "strange",
 )
 VERBS = ("sitting", "standing", "lying", "resting", "waiting", "placed", "shown", "seen", "located", "floating")
 

@@ -1,0 +1,115 @@
+"""Journeys from noise to picture, and latent weights that round to what GPTQ found."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_recipe import write_recipe
+
+from linocut.quantize.gptq import gptq
+from linocut.quantize.rounding import fake_quantize
+from linocut.train.calibrate import latent_weights
+from linocut.train.dataset import Captions
+from linocut.train.distill import _Journeys
+from linocut.train.painter import step_levels
+from linocut.train.recipe import Recipe
+
+
+class Straight:
+    """A painter whose velocity is the constant `v` and whose text is the token ids."""
+
+    def __init__(self, v: float, width: int) -> None:
+        self.v, self.width = v, width
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return ids[..., None].expand(-1, -1, self.width).float()
+
+    def velocity(self, x: torch.Tensor, text: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, self.v) * sigma[:, None, None]
+
+    def walk(self, x: torch.Tensor, text: torch.Tensor, levels: list[float]) -> torch.Tensor:
+        for here, there in pairwise(levels):
+            x = x + (there - here) * self.v * here
+        return x
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe.from_file(write_recipe(tmp_path))  # a grid of two steps, the second of which the teacher halves
+
+
+@pytest.fixture
+def journeys(recipe) -> _Journeys:
+    width, length = recipe.transformer.joint_attention_dim, recipe.data.text_length
+    captions = Captions(torch.arange(100)[:, None].expand(-1, length).to(torch.int16).contiguous(),
+                        torch.full((100,), 5, dtype=torch.int16))
+    torch.manual_seed(0)
+    return _Journeys(recipe, Straight(1.0, width), Straight(3.0, width), captions, batch=8)
+
+
+def test_rows_are_spread_over_the_steps_and_change_places(journeys):
+    assert journeys.stage(0).tolist() == [0] * 4 + [1] * 4
+    assert journeys.stage(1).tolist() == [1] * 4 + [0] * 4
+    assert journeys.sigma(0)[0] == 1.0 > float(journeys.sigma(0)[-1]) > 0
+
+
+def test_targets_lead_to_where_the_teacher_gets(journeys, recipe):
+    coarse, fine = step_levels(recipe)
+    target = journeys.target(0)
+    assert torch.allclose(target[:4], torch.full_like(target[:4], coarse[0]))
+    middle = (fine[0] + fine[1]) / 2  # two halves, each with the velocity of its start
+    assert fine[1] == pytest.approx(fine[0] / 2)
+    assert torch.allclose(target[4:], torch.full_like(target[4:], middle), atol=1e-6)
+
+
+def test_rows_move_as_the_teacher_or_as_the_student_says(journeys, recipe):
+    coarse, _ = step_levels(recipe)
+    journeys.own[:2] = True
+    before = journeys.x.clone()
+    target = journeys.target(0)
+    journeys.move(0, 3 * target, target)
+    moved = (journeys.x - before)[:4] / (coarse[-1] - coarse[0])
+    assert torch.allclose(moved[:2], torch.full_like(moved[:2], 3 * coarse[0]), atol=1e-5)
+    assert torch.allclose(moved[2:], torch.full_like(moved[2:], coarse[0]), atol=1e-5)
+
+
+def test_rows_that_are_through_begin_anew(journeys):
+    first, text = journeys.x.clone(), journeys.teacher_text.clone()
+    target = journeys.target(0)
+    journeys.move(0, target, target)
+    journeys.depart(1, own=1.0)
+    assert journeys.stage(1)[4:].tolist() == [0] * 4
+    fresh = journeys.x[4:]
+    assert abs(float(fresh.mean())) < 0.2
+    assert float(fresh.std()) == pytest.approx(1.0, abs=0.15)
+    assert not torch.equal(fresh, first[4:])
+    assert not torch.equal(journeys.teacher_text[4:], text[4:])
+    assert torch.equal(journeys.teacher_text[:4], text[:4])
+    assert torch.equal(journeys.teacher_text, journeys.student_text)
+    assert journeys.own.flatten().tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("encoding", ["ternary", "binary"])
+def test_latent_weights_round_to_what_gptq_found(encoding):
+    source = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=source) * 0.05
+    inputs = torch.randn(1024, 256, generator=source) @ torch.randn(256, 256, generator=source)
+    values, scales = gptq(weight, inputs.T @ inputs, encoding)
+    wanted = values.float() * scales.repeat_interleave(128, 1)
+    latent = latent_weights(weight, values.float(), scales, encoding)
+    assert torch.equal(fake_quantize(latent, encoding), wanted)
+    stiff = (latent == wanted).float().mean()
+    assert float(stiff) < 0.02  # nearly everywhere the weights keep distances of their own
+    assert float((latent - weight).square().mean()) < 0.8 * float((wanted - weight).square().mean())
+    near = latent.abs() < 0.3 * scales.repeat_interleave(128, 1)
+    assert float(near.float().mean()) > 0.05  # some are in doubt, and training can turn them
+
+
+def test_groups_that_cannot_keep_their_distances_are_stored_as_they_are():
+    weight = torch.zeros(2, 128)
+    values = torch.zeros(2, 128)
+    values[0, :3] = 1.0
+    scales = torch.full((2, 1), 0.5)
+    latent = latent_weights(weight, values, scales, "ternary")
+    assert torch.equal(fake_quantize(latent, "ternary")[0], values[0] * 0.5)
