@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_recipe import ROOT, write_recipe, write_sprites
 
 from linocut.cli import main
+from linocut.errors import UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
 from linocut.kernels.dispatch import use_kernel
@@ -23,11 +25,13 @@ from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae
 from linocut.train.dataset import LatentBank, make_tokenizer
 from linocut.train.export import FOLDERS, quantized
+from linocut.train.optimize import Average
 from linocut.train.painter import Painter
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.sheet import split_grid
-from linocut.train.weights import load_weights
+from linocut.train.stages import run_stage
+from linocut.train.weights import State, load_weights
 
 CPU = torch.device("cpu")
 
@@ -166,6 +170,55 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["teacher", "ternary"])
+def test_a_stage_that_was_cut_goes_on_from_its_saved_state(trained, tmp_path, monkeypatch, capsys, stage):
+    """Killed at step 12 after a save at step 10, it makes the steps that are left and no more."""
+    for done in ("vae", "tokenizer", "teacher"):
+        if done != stage:
+            shutil.copytree(trained.run / done, tmp_path / done)
+    settings = replace(getattr(trained.recipe, stage), steps=20, save_every=5, log_every=1)
+    recipe = replace(trained.recipe, **{stage: settings})
+    update, calls = Average.update, []
+
+    def cut(average: Average) -> None:
+        calls.append(average)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        update(average)
+
+    monkeypatch.setattr(Average, "update", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, recipe, tmp_path, trained.sprites, "cpu")
+    assert not (tmp_path / stage / "model.safetensors").exists()
+    with pytest.raises(UsageError, match="no result of stage teacher|no student to export"):
+        run_stage("binary" if stage == "teacher" else "export", recipe, tmp_path, trained.sprites, "cpu")
+    capsys.readouterr()
+    run_stage(stage, recipe, tmp_path, trained.sprites, "cpu")
+    said = capsys.readouterr().out
+    # Steps are counted from 0 and saved after they are made: of 12 that began, number 10 (the 11th) was the last saved.
+    assert len(calls) == 12 + 20 - 11
+    assert " 11/20 " in said
+    assert " 10/20 " not in said
+    assert [path.name for path in (tmp_path / stage).iterdir()] == ["model.safetensors"]
+
+
+def test_a_stage_cut_after_its_time_writes_what_it_had(trained, tmp_path, monkeypatch):
+    for done in ("vae", "tokenizer", "teacher"):
+        shutil.copytree(trained.run / done, tmp_path / done)
+    recipe = replace(trained.recipe, binary=replace(trained.recipe.binary, steps=20, save_every=5))
+    monkeypatch.setattr(State, "drop", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("binary", recipe, tmp_path, trained.sprites, "cpu")
+    monkeypatch.undo()
+    with Checkpoint.open(tmp_path / "binary" / "state") as state:
+        averages = {name: state.array(name).copy() for name in state.names if name.startswith("average.")}
+    run_stage("binary", recipe, tmp_path, trained.sprites, "cpu", until=0.0)
+    painter = trained.student("binary")
+    load_weights(painter, tmp_path / "binary")
+    for index, parameter in enumerate(painter.transformer.parameters()):
+        assert np.array_equal(parameter.numpy(), averages[f"average.{index}"])
 
 
 def test_two_processes_train_together(trained, tmp_path):

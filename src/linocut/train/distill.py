@@ -53,7 +53,7 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
         student.compile_blocks(device)
         torch.manual_seed(recipe.data.seed + 200 + ranks.rank + schedule.step * ranks.world)
         journeys = _Journeys(recipe, teacher, student, captions, settings.batch)
-    mean = torch.zeros(grid, device=device)
+    mean: Tensor | None = None
     for step in schedule:
         set_eps(student.transformer, settings.residual * max(0.0, 1 - schedule.progress / max(settings.anneal, 1e-9)))
         journeys.depart(step, settings.on_policy * min(1.0, max(0.0, (schedule.progress - 0.2) / 0.3)))
@@ -71,8 +71,8 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average.update()
-        by_stage = torch.zeros_like(mean).index_add_(0, stage, errors.detach()) / (len(stage) / grid)
-        mean = torch.lerp(mean, by_stage, 0.05 if step else 1.0)
+        by_stage = torch.zeros(grid, device=device).index_add_(0, stage, errors.detach()) / (len(stage) / grid)
+        mean = by_stage if mean is None else torch.lerp(mean, by_stage, 0.05)
         schedule.log(lambda m=mean: "error by step " + " ".join(f"{e:.4f}" for e in m.tolist()))
         if schedule.due:
             state.save(step + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +140,15 @@ class Recipe:
             ternary=_section(QatSettings, table, "ternary", path), binary=_section(QatSettings, table, "binary", path))
         recipe._check(path)
         return recipe
+
+    def rehearsal(self) -> Recipe:
+        """The same recipe with a few steps per stage on little data; shapes, and so what is compiled, are the same."""
+        def short(settings: T, **changes: int) -> T:
+            return replace(settings, steps=12, log_every=4, **changes)  # type: ignore[type-var]
+
+        return replace(self, data=replace(self.data, scenes=min(self.data.scenes, 2048)), vae=short(self.vae),
+                       teacher=short(self.teacher), ternary=short(self.ternary, scenes=1024, calibrate=4),
+                       binary=short(self.binary, scenes=1024, calibrate=4))
 
     def _check(self, path: Path) -> None:
         features = len(self.text_taps) * self.text_encoder.hidden_size

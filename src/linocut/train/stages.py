@@ -78,8 +78,10 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
     parser.add_argument("--device")
     parser.add_argument("--until", type=float, default=math.inf, help="steps end by then, in seconds since 1970")
+    parser.add_argument("--rehearse", action="store_true", help="a few steps on little data, to see that all works")
     options = parser.parse_args()
     recipe = Recipe.from_file(options.recipe)
+    recipe = recipe.rehearsal() if options.rehearse else recipe
     for stage in options.stage or STAGES:
         run_stage(stage, recipe, options.out, options.sprites, options.device, until=options.until)
 

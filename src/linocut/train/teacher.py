@@ -37,7 +37,7 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
         bank = _bank(recipe, run, sprites, ranks, vae)
         painter.compile_blocks(device)
         torch.manual_seed(recipe.data.seed + 3 + ranks.rank + schedule.step * ranks.world)
-    mean = torch.zeros((), device=device)
+    mean: Tensor | None = None
     for step in schedule:
         latents, ids, mask = bank.sample(settings.batch)
         noise, sigma = torch.randn_like(latents), training_sigmas(recipe, settings.batch, device)
@@ -53,7 +53,7 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average.update()
-        mean = torch.lerp(mean, loss.detach(), 0.02 if step else 1.0)
+        mean = loss.detach() if mean is None else torch.lerp(mean, loss.detach(), 0.02)
         schedule.log(lambda m=mean: f"loss {float(m):.4f}")
         if schedule.due:
             state.save(step + 1)

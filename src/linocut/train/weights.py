@@ -41,6 +41,11 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(_read(folder))
 
 
+def slim(folder: Path, target: Path) -> None:
+    """Copy the weights in `folder` to `target` with floating tensors in bfloat16: half the bytes, still a good start."""
+    save_weights(target, _read(folder), "BF16")
+
+
 class State:
     """All that a stage needs to go on after a cut: weights, their average, what the optimizers remember, the step."""
 

@@ -1,0 +1,316 @@
+"""Trains the embedded model on machines that are lent for minutes: by the clock, in the background, results in parts.
+
+    python recipes/embedded/lease.py start --budget 1500             # returns at once, training goes on
+    python recipes/embedded/lease.py watch --seconds 560 --home OUT  # waits, says how it stands, fills OUT with results
+    python recipes/embedded/lease.py join FOLDER --out runs/embedded # at home: parts become a run folder again
+
+`start` copies the code away and begins the stages with one process per GPU (`--devices`): autoencoder, teacher, then
+both students side by side, export. The steps of each stage end at a time counted from the start, whatever came before.
+While the autoencoder trains, a rehearsal runs every later stage for a few steps, so that mistakes show in the first
+minutes and everything is compiled by the time it counts. A stage that breaks is run once more from its saved state;
+another `start` goes on with what is not done. `watch` returns early when something fails. It all needs nothing but
+Python's library, and can be tried without a GPU:
+
+    python recipes/embedded/lease.py start --recipe recipes/tiny-cpu.toml --device cpu --budget 200 --root /tmp/try
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path("/tmp/lease")
+PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
+GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
+STUDENTS = ("ternary", "binary")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the steps of the stages end, in seconds since the start, and how the stages are run."""
+
+    recipe: str
+    device: str
+    devices: int
+    budget: float
+    vae: float
+    teacher: float
+    students: float
+
+    @classmethod
+    def make(cls, recipe: str, device: str, devices: int, budget: float) -> Plan:
+        """Shares of a budget: the autoencoder goes on from what ships and needs little, the teacher needs most."""
+        students = budget - min(75.0, 0.2 * budget)
+        return cls(recipe, device, devices, budget, min(95.0, 0.2 * budget), students - 0.36 * budget, students)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Conductor:
+    """Runs the stages one after another, in a process of its own that outlives whoever started it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder, self.logs = root, root / "run", root / "logs"
+        self.plan = Plan(**json.loads((root / "plan.json").read_text()))
+        self.started = float((root / "started").read_text())
+        self.port = 29500 + os.getpid() % 400
+
+    def conduct(self) -> None:
+        plan = self.plan
+        if not (self.folder / "vae.done").exists():
+            rehearsal = threading.Thread(target=self.rehearse, daemon=True)
+            rehearsal.start()
+            if self.attempt("vae", plan.vae, self.together("vae", plan.vae)):
+                (self.folder / "vae.done").touch()
+                self.pack("vae", "vae")
+        if not self.finished("teacher"):
+            if not self.attempt("teacher", plan.teacher, self.together("teacher", plan.teacher)):
+                self.say("all done: nothing can follow without a teacher")
+                return
+            self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher"))
+        todo = [name for name in STUDENTS if not self.finished(name)]
+        self.attempt("students", plan.students, [self.task(name, plan.students, rank) for rank, name in
+                                                 enumerate(todo)], apart=True)
+        if self.attempt("export", plan.budget, [self.task("export", plan.budget)]):
+            self.pack("model", "model", *(f"{name}.png" for name in STUDENTS))
+        for name in filter(self.finished, STUDENTS):
+            self.pack(name, self.slim(name))
+        self.say("all done")
+
+    def rehearse(self) -> None:
+        """Every stage but the autoencoder for a few steps, beside the autoencoder."""
+        late = self.plan.vae + 60
+        if self.finished("vae"):
+            shutil.copytree(self.folder / "vae", self.root / "rehearsal" / "vae", dirs_exist_ok=True)
+            ended = []
+        else:
+            ended = [self.run(self.together("vae", late, rehearse=True), late)]
+        ended.append(self.run(self.together("teacher", late, rehearse=True), late))
+        if not any(ended[-1]):
+            ended.append(self.run([self.task(name, late, rank, rehearse=True) for rank, name in enumerate(STUDENTS)],
+                                  late, apart=True))
+            ended.append(self.run([self.task("export", late, rehearse=True)], late))
+        self.say(f"rehearsal {'FAILED' if any(map(any, ended)) else 'done'}, exit codes {ended}")
+
+    # ---- processes ----------------------------------------------------------------------------------------------
+
+    def task(self, stage: str, until: float, device: int = 0, rehearse: bool = False,
+             env: dict[str, str] | None = None) -> Task:
+        plan = self.plan
+        out = self.root / "rehearsal" if rehearse else self.folder
+        command = [sys.executable, "-X", "faulthandler", "-m", "linocut.train.stages", plan.recipe, "--out", str(out),
+                   "--sprites", "sprites", "--stage", stage, "--until", str(self.started + until)]
+        if rehearse:
+            command.append("--rehearse")
+        if plan.device == "cpu":
+            command += ["--device", "cpu"]
+        chosen = env or {"CUDA_VISIBLE_DEVICES": str(device % plan.devices)}
+        return Task(f"{'rehearsal.' if rehearse else ''}{stage}.{chosen.get('RANK', 0)}", command, chosen)
+
+    def together(self, stage: str, until: float, rehearse: bool = False) -> list[Task]:
+        """One process per device, which work on the same thing."""
+        self.port += 7  # a port may stay taken for a while
+        world, port = self.plan.devices, str(self.port)
+        if world == 1:
+            return [self.task(stage, until, 0, rehearse)]
+        return [self.task(stage, until, 0, rehearse, {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "RANK": str(rank),
+            "LOCAL_RANK": str(rank)}) for rank in range(world)]
+
+    def attempt(self, name: str, until: float, tasks: list[Task], apart: bool = False) -> bool:
+        """Run tasks, and those that break once more, from their saved states. Whether all came to a good end."""
+        for _ in range(2):
+            codes = self.run(tasks, until, apart)
+            self.say(f"{name} {'FAILED' if any(codes) else 'done'}, exit codes {codes}")
+            if not any(codes):
+                return True
+            tasks = [task for task, code in zip(tasks, codes, strict=True) if code] if apart else tasks
+        return False
+
+    def run(self, tasks: Sequence[Task], until: float, apart: bool = False) -> list[int]:
+        """Exit codes of tasks side by side. Late ones are asked to end in order, then killed; unless they are `apart`,
+        one that breaks ends its fellows, who would wait for it."""
+        begun = []
+        for task in tasks:
+            env = {"PYTHONPATH": "src", "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(self.root / "inductor"),
+                   "OMP_NUM_THREADS": "1" if self.plan.device == "cpu" else "8"}
+            with (self.logs / f"{task.name}.log").open("ab") as log:
+                begun.append(subprocess.Popen(task.command, cwd=self.root / "code", stdout=log,
+                                              stderr=subprocess.STDOUT, env=os.environ | env | task.env))
+        asked: float | None = None
+        while any(process.poll() is None for process in begun):
+            now = time.time() - self.started
+            if (not apart and any(process.poll() for process in begun)) or (asked is not None and now > asked + 20):
+                self.signal(begun, signal.SIGKILL)
+            elif asked is None and now > until + GRACE:
+                asked = now
+                self.signal(begun, signal.SIGTERM)
+            time.sleep(0.2)
+        return [process.wait() for process in begun]
+
+    def signal(self, begun: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+        for process in begun:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    # ---- results ------------------------------------------------------------------------------------------------
+
+    def finished(self, stage: str) -> bool:
+        return (self.folder / stage / "model.safetensors").is_file()
+
+    def slim(self, stage: str) -> str:
+        """Write a stage's weights in half the bytes (bfloat16), for the way home. Returns the folder."""
+        code = ("import sys; from pathlib import Path; from linocut.train.weights import slim; "
+                "slim(Path(sys.argv[1]), Path(sys.argv[2]))")
+        target = f"slim/{stage}"
+        self.run([Task(f"slim.{stage}", [sys.executable, "-c", code, str(self.folder / stage),
+                                         str(self.folder / target)])], self.plan.budget)
+        return target
+
+    def pack(self, name: str, *paths: str) -> None:
+        """Put results, and the logs so far, into numbered parts that `watch` takes home."""
+        parts = self.root / "parts"
+        whole = parts / f"{name}.tar"
+        with tarfile.open(whole, "w") as archive:
+            for path in paths:
+                if (self.folder / path).exists():
+                    archive.add(self.folder / path, path.removeprefix("slim/"))
+            archive.add(self.logs, "logs")
+        with whole.open("rb") as source:
+            for number in range(-(-whole.stat().st_size // PART_BYTES)):
+                (parts / f"{name}.{number:02d}.partial").write_bytes(source.read(PART_BYTES))
+                (parts / f"{name}.{number:02d}.partial").rename(parts / f"{name}.tar.{number:02d}")
+        whole.unlink()
+        self.say(f"packed {name}")
+
+    def say(self, text: str) -> None:
+        with (self.logs / "events.log").open("a") as log:
+            log.write(f"{time.time() - self.started:5.0f} s  {text}\n")
+
+
+def start(options: argparse.Namespace) -> None:
+    """Copy the code away, write the plan, and leave a conductor behind."""
+    root: Path = options.root
+    running = root / "conductor"
+    if running.exists() and Path(f"/proc/{running.read_text()}").exists():
+        sys.exit(f"{root}: a plan is running already; stop process {running.read_text()} first")
+    for folder in ("logs", "parts", "run"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root / "code", ignore_errors=True)
+    unneeded = shutil.ignore_patterns("data", "__pycache__", "*.so")
+    shutil.copytree("src/linocut", root / "code" / "src" / "linocut", ignore=unneeded)
+    shutil.copytree("recipes", root / "code" / "recipes", ignore=unneeded)
+    shutil.copytree(options.sprites, root / "code" / "sprites")
+    vae = root / "run" / "vae" / "model.safetensors"
+    if options.vae.is_file() and not vae.exists():
+        vae.parent.mkdir()
+        shutil.copy(options.vae, vae)
+    (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
+                                                                options.budget))))
+    (root / "started").write_text(str(time.time()))
+    with (root / "logs" / "conductor.log").open("ab") as log:
+        process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdout=log, stderr=log,
+                                   start_new_session=True)
+    running.write_text(str(process.pid))
+    print((root / "plan.json").read_text())
+
+
+def watch(options: argparse.Namespace) -> None:
+    """Wait until the plan is over, something failed or the seconds have passed; tell, and take results home."""
+    root: Path = options.root
+    end, events = time.time() + options.seconds, root / "logs" / "events.log"
+    before = events.read_text().count("FAILED") if events.exists() and options.patient else 0
+    while time.time() < end:
+        said = events.read_text() if events.exists() else ""
+        if "all done" in said or said.count("FAILED") > before:
+            break
+        time.sleep(0.5)
+    logs = sorted(root.glob("logs/*.log"), key=lambda path: (path == events, path.stat().st_mtime))
+    for log in logs[-7:]:
+        lines = log.read_text(errors="replace").splitlines()
+        print(f"== {log.name}", *(line[:160] for line in lines[-(30 if log == events else 8):]), sep="\n")
+    if options.home:
+        take_home(root, options.home)
+
+
+def take_home(root: Path, target: Path) -> None:
+    """Copy parts that were not taken yet, the model's first, as many as may come home at once."""
+    target.mkdir(parents=True, exist_ok=True)
+    taken = root / "taken"
+    seen = set(taken.read_text().split()) if taken.exists() else set()
+    order = ("model", "vae", "teacher", *STUDENTS)
+    parts = sorted((path for path in (root / "parts").glob("*.tar.*") if path.name not in seen),
+                   key=lambda path: (order.index(path.name.split(".")[0]), path.name))
+    room, count = HOME_BYTES, HOME_FILES
+    for path in parts:
+        if path.stat().st_size <= room and count:
+            shutil.copy(path, target / path.name)
+            seen.add(path.name)
+            room, count = room - path.stat().st_size, count - 1
+            print(f"home: {path.name} ({path.stat().st_size / 1e6:.1f} MB)")
+    taken.write_text(" ".join(sorted(seen)))
+    left = sum(path.stat().st_size for path in parts if path.name not in seen)
+    print(f"still to take home: {left / 1e6:.1f} MB")
+
+
+def join(options: argparse.Namespace) -> None:
+    """Make a run folder of all complete results in a folder of parts."""
+    for name in sorted({path.name.split(".")[0] for path in options.folder.glob("*.tar.*")}):
+        whole = options.folder / f"{name}.whole"
+        with whole.open("wb") as target:
+            for part in sorted(options.folder.glob(f"{name}.tar.*")):
+                target.write(part.read_bytes())
+        with tarfile.open(whole) as archive:
+            archive.extractall(options.out, filter="data")
+        whole.unlink()
+        print(f"{name} in {options.out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("start", "watch", "join", "conduct"):
+        each = commands.add_parser(name)
+        each.add_argument("--root", type=Path, default=ROOT)
+        if name == "start":
+            each.add_argument("--recipe", default="recipes/embedded/recipe.toml")
+            each.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
+            each.add_argument("--vae", type=Path, help="autoencoder to go on from", default=Path(
+                "src/linocut/data/embedded/vae/diffusion_pytorch_model.safetensors"))
+            each.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+            each.add_argument("--devices", type=int, default=2)
+            each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
+        elif name == "watch":
+            each.add_argument("--seconds", type=float, default=560)
+            each.add_argument("--home", type=Path, help="folder for results")
+            each.add_argument("--patient", action="store_true", help="do not return for failures of before")
+        elif name == "join":
+            each.add_argument("folder", type=Path)
+            each.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.command == "conduct":
+        Conductor(options.root).conduct()
+    else:
+        {"start": start, "watch": watch, "join": join}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
