@@ -192,7 +192,7 @@ def test_a_stage_that_was_cut_goes_on_from_its_saved_state(trained, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run_stage(stage, recipe, tmp_path, trained.sprites, "cpu")
     assert not (tmp_path / stage / "model.safetensors").exists()
-    with pytest.raises(UsageError, match="no result of stage teacher|no student to export"):
+    with pytest.raises(UsageError, match=r"no result of stage teacher|no student to export"):
         run_stage("binary" if stage == "teacher" else "export", recipe, tmp_path, trained.sprites, "cpu")
     capsys.readouterr()
     run_stage(stage, recipe, tmp_path, trained.sprites, "cpu")

@@ -42,7 +42,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def slim(folder: Path, target: Path) -> None:
-    """Copy the weights in `folder` to `target` with floating tensors in bfloat16: half the bytes, still a good start."""
+    """Copy the weights in `folder` to `target` with floating tensors in bfloat16: half the bytes."""
     save_weights(target, _read(folder), "BF16")
 
 
