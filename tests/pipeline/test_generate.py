@@ -174,7 +174,8 @@ def test_a_long_prompt_is_cut_with_a_warning_that_quotes_the_loss(pipe: Pipeline
 
 
 def test_what_is_quoted_and_what_is_kept_make_the_prompt(pipe: Pipeline) -> None:
-    tokenizer = pipe.components.tokenizer
+    with pipe.components.use("tokenizer") as tokenizer:
+        pass
     words = [f"w{i}" for i in range(30)]
     with pytest.warns(UserWarning, match="cut off") as noted:
         pipe(" ".join(words), num_inference_steps=1)

@@ -106,7 +106,8 @@ def test_teacher_has_learned(trained):
 def test_what_ships_computes_what_was_trained(trained, encoding):
     folder = ModelFolder(trained.run / "model", encoding, FOLDERS[encoding])
     pipe, student = Pipeline(folder, keep_loaded=True), trained.student(encoding)
-    ids, mask = pipe.components.tokenizer.encode(["three red apples", ""])
+    with pipe.components.use("tokenizer") as tokenizer:
+        ids, mask = tokenizer.encode(["three red apples", ""])
     latents = torch.randn(2, 4, trained.recipe.transformer.in_channels, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.3])
     schedule = Schedule(torch.tensor([0.9, 0.3, 0.0]), tokens=4)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
 from linocut.models.autoencoder import Autoencoder
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
@@ -24,6 +25,7 @@ from linocut.models.flux2 import Flux2Blocks
 from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 from linocut.pipeline.decoding import decoder_dtype
+from linocut.pipeline.memory import layer_index
 from linocut.pipeline.schedule import Schedule
 
 
@@ -32,22 +34,15 @@ class Components:
 
     def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
         self.folder, self.dtype, self.device, self.keep = folder, dtype, device, keep
-        self._kept: dict[str, nn.Module] = {}
-        self._tokenizer: PromptTokenizer | None = None
+        self._kept: dict[str, Any] = {}
+        self._text_weights: Checkpoint | None = None
         self._modulations: tuple[Schedule, list[Modulations]] | None = None
         if not keep:
             avoid_fragments()
 
-    @property
-    def tokenizer(self) -> PromptTokenizer:
-        if self._tokenizer is None:
-            self._tokenizer = PromptTokenizer.from_folder(self.folder.path("tokenizer"),
-                                                          self.folder.settings["text_length"])
-        return self._tokenizer
-
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Any]:
-        """Yield the network `name` ("text_encoder", "transformer" or "vae"); drop it afterwards unless it is kept.
+        """Yield the "tokenizer", "text_encoder", "transformer" or "vae"; drop it afterwards unless it is kept.
 
         The transformer comes as `Flux2Blocks`, which is called with `modulations`.
         """
@@ -61,7 +56,18 @@ class Components:
         finally:
             del model
             if not self.keep:
+                self._text_weights = None
                 give_memory_back()
+
+    def release_layer(self, index: int) -> None:
+        """Let a layer of the text encoder leave memory, unless networks are kept; it comes back if it runs again.
+
+        The encoder reads its weights where they are mapped, one layer after another, so it needs the memory of one.
+        """
+        if self._text_weights is not None and not self.keep:
+            for name in self._text_weights:
+                if layer_index(name) == index:
+                    self._text_weights.release(name)
 
     def modulations(self, schedule: Schedule) -> list[Modulations]:
         """What the transformer needs to know of each noise level. Those of the last schedule stay: they are small."""
@@ -88,7 +94,8 @@ class Components:
     def vae_for_previews(self) -> Autoencoder:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
         if "vae" in self._kept:
-            return self._kept["vae"]  # type: ignore[return-value]
+            kept: Autoencoder = self._kept["vae"]
+            return kept
         decoder = self._open_decoder()
         # Without a stored preview map one is fitted by running the decoder, which then has to be able to compute.
         stored = AutoencoderConfig.from_dict(self.folder.config("vae")).preview
@@ -97,10 +104,12 @@ class Components:
     def drop(self) -> None:
         """Forget every network that was kept."""
         self._kept.clear()
-        self._tokenizer, self._modulations = None, None
+        self._modulations = None
         give_memory_back()
 
-    def _build(self, name: str) -> nn.Module:
+    def _build(self, name: str) -> Any:
+        if name == "tokenizer":
+            return PromptTokenizer.from_folder(self.folder.path("tokenizer"), self.folder.settings["text_length"])
         config, dtype = self.folder.config(name), self.dtype
         if name == "vae":
             return self._open_decoder().made_ready(self._decoder_dtype()).to(self.device)
@@ -111,6 +120,7 @@ class Components:
             else:
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))
+                self._text_weights = checkpoint if self.device.type == "cpu" else None
         return model if self.device.type == "cpu" else model.to(self.device)
 
     def _open_decoder(self) -> "PictureDecoder":

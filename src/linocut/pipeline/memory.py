@@ -143,6 +143,12 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
         with folder.checkpoint(name) as checkpoint:
             layers = max(settings["text_taps"]) if name == "text_encoder" else None
             weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder_size if name == "vae" else 0)
+            if layers is not None and not keep:  # a layer leaves memory when it is done
+                each = [0] * layers
+                for tensor in checkpoint:
+                    if 0 <= layer_index(tensor) < layers:
+                        each[layer_index(tensor)] += checkpoint.info(tensor).nbytes
+                weights[name] -= max(0, sum(each) - 2 * max(each))  # twice, as pages come and go in clusters
             if name == "transformer":  # what sees the noise level alone is gone before the rest comes
                 timestep = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint if is_timestep(tensor))
                 weights[name] = max(timestep or disk.get("timestep_weights", 0), weights[name] - timestep)
@@ -271,7 +277,7 @@ def _touched_bytes(checkpoint: Checkpoint, layers: int | None, tokens: int, deco
     total = 0
     for name in checkpoint.names:
         info = checkpoint.info(name)
-        if (layers is not None and _layer_index(name) >= layers) or name.startswith("lm_head."):
+        if (layers is not None and layer_index(name) >= layers) or name.startswith("lm_head."):
             continue
         if decoder_size and name.startswith(("encoder.", "quant_conv.")):
             continue
@@ -283,7 +289,7 @@ def _touched_bytes(checkpoint: Checkpoint, layers: int | None, tokens: int, deco
     return total
 
 
-def _layer_index(name: str) -> int:
+def layer_index(name: str) -> int:
     """Return 12 for 'model.layers.12.mlp.up_proj.codes', and -1 for a tensor outside the layers."""
     parts = name.split(".")
     if "layers" in parts[:-1]:

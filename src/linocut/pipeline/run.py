@@ -161,19 +161,20 @@ class Run:
         """Run the text encoder on each prompt."""
         components, device = self.pipe.components, self.pipe.device
         start = time.perf_counter()
-        tokenizer = components.tokenizer
+        with components.use("tokenizer") as tokenizer:
+            tokens = [(*tokenizer.encode([text]), tokenizer.count(text), tokenizer.kept(text)) for text in prompts]
+            del tokenizer
         self._check()
         with components.use("text_encoder") as network:
             encoder = text_encoder_cpu.runner(network)
             timing.load_seconds += time.perf_counter() - start
-            for number, text in enumerate(prompts):
-                ids, mask = tokenizer.encode([text])
-
+            for number, (text, (ids, mask, count, kept)) in enumerate(zip(prompts, tokens, strict=True)):
                 def on_layer(done: int, total: int, number: int = number) -> None:
+                    components.release_layer(done - 1)
                     self._report("encode", number * total + done, len(prompts) * total, job)
 
                 features = encoder(ids.to(device), mask.to(device), on_layer=on_layer)
-                yield text, Entry(features, tokenizer.count(text), tokenizer.kept(text))
+                yield text, Entry(features, count, kept)
             del network, encoder
 
     def _denoise(self, batch: Sequence[Job],
