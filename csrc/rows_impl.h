@@ -79,8 +79,7 @@ void swiglu(const Rows& gate, const Rows& value, const Activations& out, size_t 
                     alignas(64) float group[kGroup];
                     for (size_t j = 0; j < kGroup; j += kLanes) {
                         const Vec x = read(a + k + j);
-                        // x / (1 + e^-x); the exponential of a large -x is cut at 2^126, where x / it is 0.
-                        const Vec e = exp2(-x * log2_e);
+                        const Vec e = exp2(min(splat(126.0f), -x * log2_e));  // beyond, x / e is nearly 0 all the same
                         store(group + j, x / (one + e) * read(b + k + j));
                     }
                     quantize_at(out, row, first + k, group);

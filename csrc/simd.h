@@ -58,7 +58,9 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is a NaN
+// b if either is a NaN.
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 // To the nearest integer, ties to even. Values beyond an int32 give any number.
 inline VecInt to_int(Vec v) {

@@ -114,6 +114,8 @@ struct Plan {
 void check_decoders(const Plan&);
 void check_quantizers(const Plan&);
 void check_products(const Plan&);
+void check_rows(const Plan&);
+void check_attention(const Plan&);
 void check_pool(const Plan&);
 
 }  // namespace linocut

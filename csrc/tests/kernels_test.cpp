@@ -28,6 +28,8 @@ int main(int count, char** words) {
     check_decoders(plan);
     check_quantizers(plan);
     check_products(plan);
+    check_rows(plan);
+    check_attention(plan);
     check_pool(plan);
     std::puts("all kernels agree with their oracles");
     return 0;

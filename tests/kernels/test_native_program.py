@@ -81,8 +81,10 @@ def test_address_and_undefined_behaviour_sanitizers():
     lines = run(build("address"), "--random", "40")
     here = {name for name, _, why_not in native.module().gemm_variants() if not why_not}
     assert ran(lines, "product") == here
-    assert ran(lines, "decoder") == ran(lines, "quantizer") == {
+    assert ran(lines, "decoder") == ran(lines, "quantizer") == ran(lines, "rows") == {
         name for name, why_not in native.module().variants() if not why_not}
+    assert ran(lines, "attention") == {
+        name for name, _, why_not in native.module().attention_variants() if not why_not}
 
 
 def test_thread_sanitizer_and_an_unknown_cpu():
@@ -105,7 +107,7 @@ def test_avx_vnni_with_its_instruction_emulated():
 def test_no_illegal_instruction_on_older_cpus(cpu, decoders, products):
     emulator = [tool("qemu-x86_64"), "-cpu", cpu]
     lines = run(*emulator, build("release"), "--no-fork")
-    assert ran(lines, "decoder") == ran(lines, "quantizer") == decoders
+    assert ran(lines, "decoder") == ran(lines, "quantizer") == ran(lines, "rows") == ran(lines, "attention") == decoders
     assert ran(lines, "product") == products
     # The module itself, as Python loads it, with what it chooses there; results are those of this CPU to the bit.
     module = native.module().__file__
@@ -127,4 +129,5 @@ def test_arm(cpu, best, products):
     emulator = [tool("qemu-aarch64"), "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu]
     lines = run(*emulator, build("arm"), "--no-fork", "--random", "10")
     assert ran(lines, "product") == products
+    assert ran(lines, "rows") == ran(lines, "attention") == {"baseline"}
     assert f"product {best}" in lines[0]
