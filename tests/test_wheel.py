@@ -108,7 +108,7 @@ def test_archives_hold_what_they_should(archives):
         names = wheel.namelist()
     assert any(re.fullmatch(r"linocut/_native\..*so", name) for name in names)
     assert "linocut/py.typed" in names
-    assert "linocut/train/objects.txt" in names
+    assert "linocut/train/objects/geneval.txt" in names
     assert {name.split("/")[-1] for name in names if "licenses/" in name} >= {"LICENSE", "NOTICE"}
     assert not [name for name in names if name.startswith(("tests", "csrc", "recipes", "build"))]
     shipped = {path.relative_to(ROOT / "src").as_posix() for path in EMBEDDED.parent.rglob("*") if path.is_file()}

@@ -187,7 +187,8 @@ def prompt(vocabulary: int, tokens: int = 50, text: int = 21) -> tuple[Tensor, T
 @torch.no_grad()
 def test_each_layer_equals_the_plain_one_with_the_same_rounding(folder, monkeypatch):
     """As for the transformer. The embedding is replaced, since ratios of its few values fall exactly between two
-    steps, where a last bit decides."""
+    steps, where a last bit decides; a seed keeps others from doing so by chance."""
+    torch.manual_seed(0)
     monkeypatch.setenv("LINOCUT_ATTENTION", "baseline")
     model = encoder_of(folder)
     model.embed_tokens, model.taps = nn.Embedding(model.config.vocab_size, model.config.hidden_size), (1,)
