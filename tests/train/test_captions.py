@@ -1,5 +1,6 @@
 """Captions are English, name what is there, and leave held-out prompts and wordings alone."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -203,3 +204,21 @@ def test_training_has_no_wording_of_a_held_out_split():
         template = sample_wording(scene, rng)  # the same random numbers: the first try, if it was not turned down
         if split_of(template) != "train":
             assert fill(template, scene, rng) != text
+
+
+def test_the_list_that_ships_knows_all_words_of_captions(tmp_path, monkeypatch):
+    from linocut.formats.folder import VOCABULARY_FILE, ModelFolder
+    from linocut.pipeline.vocabulary import Vocabulary
+    from linocut.train.export import vocabulary_table
+
+    monkeypatch.setattr(module, "NONSENSE_RATE", 0.0)
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / VOCABULARY_FILE).write_text(json.dumps(vocabulary_table()))
+    known, rng = Vocabulary.of(ModelFolder(tmp_path, "small")), random.Random(0)
+    assert len(known.things) == len(objects())
+    assert (tmp_path / VOCABULARY_FILE).stat().st_size < 80_000
+    for _ in range(1000):
+        (text,) = sample_captions(sample_scene(rng), rng, 1)
+        assert known.note(text) is None, text
+    assert "'xylophone' (near: " in known.note("a xylophone")
+    assert "'7'" in known.note("7 apples")

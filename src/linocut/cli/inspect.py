@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from linocut.cli import printable
+from linocut.errors import UsageError
 
 if TYPE_CHECKING:
     from linocut.formats.checkpoint import Checkpoint
@@ -21,12 +23,18 @@ if TYPE_CHECKING:
 @click.option("--verify", is_flag=True, help="Check the SHA-256 and the values of every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-def command(target: str, verify: bool, as_json: bool, tensors: bool) -> None:
+@click.option("--vocabulary", is_flag=True, help="List instead what the model can draw, if its vocabulary is small.")
+def command(target: str, verify: bool, as_json: bool, tensors: bool, vocabulary: bool) -> None:
     """List the tensors, sizes and bits per weight of a model (name, folder or hub id) or of a .safetensors file.
 
     Opening checks the structure of each file; --verify also checks every tensor's hash and values, and ends with
     exit code 2 at the first one that is damaged.
     """
+    if vocabulary:
+        if verify or tensors:
+            raise UsageError("--vocabulary lists words instead of tensors; leave out --verify and --tensors")
+        _list_vocabulary(target, as_json)
+        return
     report, checkpoints = _open(target)
     try:
         for name, checkpoint in checkpoints.items():
@@ -38,6 +46,35 @@ def command(target: str, verify: bool, as_json: bool, tensors: bool) -> None:
             checkpoint.close()
     report["total"] = _total(list(report["components"].values()))
     click.echo(json.dumps(report, indent=2) if as_json else "\n".join(_lines(report, verify)))
+
+
+def _list_vocabulary(target: str, as_json: bool) -> None:
+    """Print the things a model can draw and all else that can be asked of it."""
+    from linocut.formats.folder import ModelFolder
+    from linocut.pipeline.vocabulary import Vocabulary
+
+    folder = ModelFolder.open(target)
+    known = Vocabulary.of(folder)
+    if known is None:
+        raise UsageError(f"{folder.name} has no list of its words: it was trained on free text, so ask for anything")
+    if as_json:
+        click.echo(json.dumps(folder.vocabulary(), indent=2, ensure_ascii=False))
+        return
+    lines = [f"{printable(folder.name)} draws up to {known.most} of {len(known.things)} things "
+             f"(in brackets what else they are called):", ""]
+    names = sorted(f"{thing.name} ({', '.join(thing.synonyms)})" if thing.synonyms else thing.name
+                   for thing in known.things)
+    lines += _wrapped(names, "; ")
+    for name, values in known.lists.items():
+        lines += ["", f"{printable(name)}:", *_wrapped(values, ", ")]
+    lines += ["", f"{len(known.words):,} words are known in all; others are passed over, more or less gracefully."]
+    click.echo("\n".join(lines))
+
+
+def _wrapped(names: Sequence[str], mark: str) -> list[str]:
+    """Names joined by `mark`, in lines of at most 100 characters."""
+    return textwrap.wrap(mark.join(printable(name) for name in names), 98, initial_indent="  ",
+                         subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _open(target: str) -> tuple[dict[str, Any], dict[str, "Checkpoint"]]:

@@ -23,8 +23,10 @@ COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 # name -> folder of its transformer; both share everything else
 EMBEDDED = {"embedded": "transformer", "embedded-binary": "transformer-binary"}
 # what a model needs; a hub repository may hold much more (other formats, single files of many GB)
-HUB_PATTERNS = ("model_index.json", "transformer/*.json", "transformer/*.safetensors", "text_encoder/*.json",
-                "text_encoder/*.safetensors", "tokenizer/*", "vae/*.json", "vae/*.safetensors", "scheduler/*.json")
+VOCABULARY_FILE = "vocabulary.json"
+HUB_PATTERNS = ("model_index.json", VOCABULARY_FILE, "transformer/*.json", "transformer/*.safetensors",
+                "text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.json", "vae/*.safetensors",
+                "scheduler/*.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,120})?")
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _MAX_CONFIG = 10_000_000
@@ -85,6 +87,11 @@ class ModelFolder:
     def config(self, component: str) -> dict[str, Any]:
         """The component's JSON configuration (config.json; scheduler_config.json, tokenizer_config.json)."""
         return _read_json(self.path(component) / _CONFIG_FILES.get(component, "config.json"))
+
+    def vocabulary(self) -> dict[str, Any] | None:
+        """What a model with a small vocabulary says of it, or None (see `linocut.pipeline.vocabulary`)."""
+        path = self.root / VOCABULARY_FILE
+        return _read_json(path) if path.is_file() else None
 
     def checkpoint(self, component: str) -> Checkpoint:
         """The component's weights, opened by memory mapping."""

@@ -31,6 +31,7 @@ from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Job, Request
 from linocut.pipeline.sampler import euler
 from linocut.pipeline.schedule import choose_schedule
+from linocut.pipeline.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,6 +113,7 @@ class Run:
         self.cancelled = cancel.is_set if isinstance(cancel, threading.Event) else cancel
         self.meter = Meter()
         self._preview_vae: Autoencoder | None = None
+        self.vocabulary = Vocabulary.of(pipe.folder)
         side = AutoencoderConfig.from_dict(pipe.folder.config("vae")).token_side
         self.grid = (request.height // side, request.width // side)
         self.schedule = choose_schedule(pipe.folder, self.grid[0] * self.grid[1], request.steps,
@@ -133,7 +135,8 @@ class Run:
                     features.update(self._encode(missing, notes, batch[0]))
                 latents, seeds = self._denoise(batch, features)
             for job, seed, image in zip(batch, seeds, self._decode(batch, latents), strict=True):
-                told = [note for note in (notes[job.prompt], self.schedule.note) if note]
+                unknown = None if self.vocabulary is None else self.vocabulary.note(job.prompt)
+                told = [note for note in (notes[job.prompt], unknown, self.schedule.note) if note]
                 yield Picture(image, self._recipe(job, seed), job.index, tuple(told))
 
     def _encode(self, prompts: list[str], notes: dict[str, str | None], job: Job) -> dict[str, Tensor]:

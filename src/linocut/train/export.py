@@ -13,13 +13,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from linocut.formats.folder import VOCABULARY_FILE
 from linocut.formats.packed import GROUP_SIZE
 from linocut.formats.writer import atomic_write_bytes, write_checkpoint
 from linocut.models.convert import packed_state, quantize_
 from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae
+from linocut.train.captions import lexicon, words_of
 from linocut.train.painter import Painter
+from linocut.train.palette import BACKGROUNDS, COLOURS, PLACES, WALLS
 from linocut.train.recipe import Recipe
+from linocut.train.scenes import LOOSE_RELATIONS, MAX_OBJECTS, RELATIONS, SIZES, SPOTS, STYLES
+from linocut.train.vocabulary import objects
 from linocut.train.weights import load_weights, to_arrays
 
 FOLDERS = {"ternary": "transformer", "binary": "transformer-binary"}
@@ -33,6 +38,8 @@ def export(recipe: Recipe, run: Path, target: Path) -> None:
     found = [encoding for encoding in FOLDERS if (run / encoding / "model.safetensors").is_file()]
     write_json(target / "model_index.json", model_index(recipe))
     write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    compact = json.dumps(vocabulary_table(), separators=(",", ":"), ensure_ascii=False)
+    atomic_write_bytes(target / VOCABULARY_FILE, (compact + "\n").encode())
     shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
     vae = load_vae(recipe, run, torch.device("cpu"))
     write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
@@ -66,6 +73,17 @@ def model_index(recipe: Recipe) -> dict[str, object]:
                         "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
                         "default_size": [recipe.data.size, recipe.data.size],
                         "default_steps": recipe.default_steps or recipe.path.grid}}
+
+
+def vocabulary_table() -> dict[str, object]:
+    """What `vocabulary.json` says: the things, the lists of everything else to ask for, and all other words."""
+    things = [{"name": thing.name, "plural": thing.plural, "synonyms": list(thing.synonyms)} for thing in objects()]
+    lists = {"colours": list(COLOURS), "backgrounds": list(WALLS),
+             "places": [BACKGROUNDS[name].phrases[0] for name in PLACES],
+             "relations": [*RELATIONS, *LOOSE_RELATIONS], "spots": list(SPOTS), "sizes": list(SIZES),
+             "styles": [style for style in STYLES if style != "plain"]}
+    said = {word for thing in objects() for name in (thing.plural, *thing.names) for word in words_of(name)}
+    return {"things": things, "most": MAX_OBJECTS, "lists": lists, "other_words": sorted(lexicon() - said)}
 
 
 def write_json(path: Path, value: object) -> None:
