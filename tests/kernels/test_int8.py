@@ -18,8 +18,12 @@ from linocut.formats.packed import ENCODINGS, dequantize
 from linocut.kernels import cpu, dispatch, native
 from linocut.kernels.problem import PackedWeight, Problem, checked
 
-TOKENS = (1, 2, 7, 16, 17, 33, 256)
+TOKENS = (1, 2, 7, 16, 17, 33, 256, 1024)
 SHAPES = ((2, 128), (3, 384), (33, 640), (65, 768), (130, 896), (48, 3072))
+
+# In-features of klein's packed layers and of its text encoder's; some of their rows tell as much as all.
+MODEL_WIDTHS = [(encoding, n) for encoding in ("binary", "ternary") for n in (3072, 9216, 12288)]
+MODEL_WIDTHS += [("affine4", n) for n in (2560, 4096, 9728)]
 
 # Relative to the norm of y. Each group adds one rounding to the sum, each output one: eps * sqrt(groups) at most.
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
@@ -113,6 +117,19 @@ def test_products_are_exact_on_rounded_activations(variant, encoding, m, o, n):
         found = cpu.linear_quantized(act, weight, dtype=dtype)
         assert found.dtype == dtype
         assert relative_error(found, wanted) < tolerance
+
+
+@pytest.mark.parametrize(("encoding", "n"), MODEL_WIDTHS)
+def test_products_are_exact_at_the_models_widths(encoding, n, monkeypatch):
+    weight, w = weight_of(encoding, 35, n)
+    x = randn(max(TOKENS), n)
+    act = cpu.quantize(x)
+    wanted = act.dequantize().double() @ w.T
+    for name in variants():
+        monkeypatch.setenv("LINOCUT_GEMM", name)
+        for m in TOKENS:
+            found = cpu.linear_quantized(cpu.quantize(x[:m]), weight)
+            assert relative_error(found, wanted[:m]) < EXACT[torch.float32], (name, m)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -58,12 +58,33 @@ def run(encoding, n, rows):
     for kernel in ("reference", "generic", "native"):
         with dispatch.use_kernel(kernel):
             dispatch.linear(torch.ones(2, n), codes, scales, zeros, encoding)
+    products(module, (codes, scales.view(torch.int16), zeros, encoding, n), rows, rng)
+
+def products(module, weight, rows, rng):
+    """Both ends of the int8 product: floats to activations, activations to floats, in every variant."""
+    n = weight[-1]
+    for m in (1, 7):
+        x = rng.standard_normal((m, n), dtype=np.float32)
+        values = against_guard(np.zeros((m, n + module.ACTIVATION_PADDING), np.int8))
+        steps = against_guard(np.zeros((m, n // 128), np.float32))
+        sums = against_guard(np.zeros((m, n // 64), np.int32))
+        half = against_guard((x.view(np.uint32) >> 16).astype(np.int16))
+        module.quantize_activations(half, values, steps, sums, n, 0, 1)
+        module.quantize_activations(against_guard(x), values, steps, sums, n, 0, 1)
+        wanted = None
+        for name in [name for name, _, reason in module.gemm_variants() if not reason]:
+            y = against_guard(np.zeros((m, rows), np.float32))
+            module.gemm(values, steps, sums, *weight, y, 1, name)
+            wanted = y.clone() if wanted is None else wanted
+            assert torch.equal(y, wanted), name
+            y = against_guard(np.zeros((m, rows), np.int16))
+            module.gemm(values, steps, sums, *weight, y, 1, name)
 
 if sys.argv[1] == "overrun":
     tensor = against_guard(np.zeros(16, np.uint8))
     ctypes.string_at(tensor.data_ptr(), 17)
 for n in range(128, 1408, 128):
-    for rows in (1, 3):
+    for rows in (1, 3, 33):
         run(sys.argv[1], n, rows)
 print("stayed inside")
 '''
