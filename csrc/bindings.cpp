@@ -43,7 +43,7 @@ void decode_f32(const Codes& codes, const Halves& scales, const std::optional<Co
                 const std::string& encoding, std::size_t n, const Matrix<float>& out, const std::string& name) {
     const Packed weight = packed_of(codes, scales, zeros, encoding, n);
     expect(out, "out", weight.rows, n);
-    const auto decode = variant(name).decoders.f32;
+    const auto decode = variant(name).decoders->f32;
     float* target = out.data();
     nb::gil_scoped_release released;
     decode(weight, target);
@@ -54,7 +54,7 @@ void decode_bf16(const Codes& codes, const Halves& scales, const std::optional<C
                  const std::string& name) {
     const Packed weight = packed_of(codes, scales, zeros, encoding, n);
     expect(out, "out", weight.rows, n);
-    const auto decode = variant(name).decoders.bf16;
+    const auto decode = variant(name).decoders->bf16;
     auto* target = reinterpret_cast<std::uint16_t*>(out.data());
     nb::gil_scoped_release released;
     decode(weight, target);

@@ -21,7 +21,7 @@ std::string lacking(const std::string& needed);
 struct Variant {
     std::string name;
     std::string why_not;  // empty: can run here
-    Decoders decoders;
+    const Decoders* decoders;
     // Rows [begin, end) of x into columns [first, first + x.columns) of `out`: see quantize_activations in gemm.h.
     void (*quantize_rows)(const Rows& x, const Activations& out, std::size_t first, std::size_t begin, std::size_t end);
     const RowKernels* rows;

@@ -98,8 +98,10 @@ void decode(const Packed& w, Out* out) {
     }
 }
 
+constexpr Decoders kDecoders = {decode<float>, decode<uint16_t>};
+
 }  // namespace
 
-Decoders LINOCUT_DECODERS() { return {decode<float>, decode<uint16_t>}; }
+const Decoders* LINOCUT_DECODERS() { return &kDecoders; }
 
 }  // namespace linocut

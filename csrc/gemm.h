@@ -30,7 +30,8 @@ struct GemmVariant {
                      std::size_t first, std::size_t count, const Rows& y);
 };
 
-// The table of each instruction set; which ones are compiled in is up to CMakeLists.txt. generic always is.
+// The table of each instruction set, a pointer as all tables: to ask for one must run no instruction of its set, which
+// gcc takes even to copy one. Which ones are compiled in is up to CMakeLists.txt. generic always is.
 const GemmVariant* gemm_generic();
 const GemmVariant* gemm_avx2();
 const GemmVariant* gemm_avxvnni();

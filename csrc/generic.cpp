@@ -6,7 +6,7 @@
 namespace linocut {
 
 void linear_generic(const Packed& w, const float* x, std::size_t m, float* y) {
-    const auto decode = decoders_baseline().f32;
+    const auto decode = decoders_baseline()->f32;
     std::vector<float> row(w.n);
     Packed one = w;
     one.rows = 1;

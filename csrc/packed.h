@@ -56,10 +56,10 @@ struct Decoders {
 };
 
 // One table per instruction set; all are compiled from decode_impl.h and give the same bits.
-Decoders decoders_baseline();
+const Decoders* decoders_baseline();
 #if defined(LINOCUT_X86)
-Decoders decoders_avx2();
-Decoders decoders_avx512();
+const Decoders* decoders_avx2();
+const Decoders* decoders_avx512();
 #endif
 
 // y[rows, m] = W[rows, n] @ x[m, n]^T with float64 sums, one weight after the other: the oracle.

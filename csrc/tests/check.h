@@ -110,6 +110,12 @@ struct Plan {
     bool fork = true;  // emulators and the thread sanitizer do not follow threads into a child process
 };
 
+// The line for one variant, in words that tests/kernels/test_native_program.py reads.
+inline void report(const char* kind, const std::string& name, const std::string& why_not, std::size_t cases) {
+    if (cases != 0) std::printf("%s %s: %zu cases agree\n", kind, name.c_str(), cases);
+    else std::printf("%s %s: not run, %s\n", kind, name.c_str(), why_not.c_str());
+}
+
 // Each prints a line per variant, and ends the program at the first difference.
 void check_decoders(const Plan&);
 void check_quantizers(const Plan&);

@@ -1,11 +1,10 @@
 // Every variant of attention against the definition in float64, in memory that ends at forbidden pages.
-#include <cmath>
 #include <vector>
 
 #include "../attention.h"
 #include "../cpu_features.h"
 #include "../rows.h"
-#include "check.h"
+#include "matrix.h"
 
 namespace linocut {
 namespace {
@@ -55,6 +54,7 @@ public:
         for (std::size_t t = 0; t < shape_.tokens; ++t) {
             for (std::size_t c = 0; c < columns; ++c) compare(variant, double(out[t * stride + c]), t, c);
         }
+        if (shape_.width == kGroup) check_quantized(variant, {Float::f32, shape_.tokens, columns, stride, out.data()});
         // The last block of queries of the last head alone, in guarded scratch full of rubbish.
         const std::size_t step = variant.queries_per_task, first = (shape_.tokens - 1) / step * step;
         Guarded<std::uint8_t, 64> scratch(variant.scratch_bytes);
@@ -70,6 +70,18 @@ public:
     }
 
 private:
+    // Quantized output is that of the floats.
+    void check_quantized(const AttentionVariant& variant, const Rows& floats) {
+        Quantized direct(shape_.tokens, floats.columns + kGroup), later(shape_.tokens, floats.columns + kGroup);
+        attend(variant, heads(), {shape_.keys, shape_.causal}, direct.view(), 2);
+        linocut::variant("").quantize_rows(floats, later.view(), 0, 0, shape_.tokens);
+        for (std::size_t t = 0; t < shape_.tokens; ++t) {
+            for (std::size_t g = 0; g <= shape_.heads; ++g) {  // the last one is not attention's to write
+                if (!direct.same(later, t, g)) fail("attention %s: quantized token %zu, head %zu", variant.name, t, g);
+            }
+        }
+    }
+
     std::vector<float> matrix(Random& random, std::size_t columns, float magnitude) {
         std::vector<float> x(shape_.tokens * columns);
         for (float& value : x) value = random.uniform() * magnitude;
@@ -144,8 +156,7 @@ void check_attention(const Plan& plan) {
     }
     for (std::size_t v = 0; v < cases.size(); ++v) {
         const auto& choice = attention_variants()[v];
-        if (cases[v] != 0) std::printf("attention %s: %zu cases agree\n", choice.variant->name, cases[v]);
-        else std::printf("attention %s: not run, %s\n", choice.variant->name, choice.why_not.c_str());
+        report("attention", choice.variant->name, choice.why_not, cases[v]);
     }
 }
 

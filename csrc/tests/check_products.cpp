@@ -32,7 +32,8 @@ public:
         // One in 64 anything at all, infinities and NaN among them.
         weight_scales_.fill([&] { return random.below(64) == 0 ? random.bits() : 0x2000 + random.below(0x1c00); });
         values_.fill([&] {
-            return shape.fill == Fill::largest ? 127 : shape.fill == Fill::smallest ? -127 : int(random.below(255)) - 127;
+            const int any = int(random.below(255)) - 127;
+            return shape.fill == Fill::largest ? 127 : shape.fill == Fill::smallest ? -127 : any;
         });
         scales_.fill([&] { return random.below(64) == 0 ? NAN : std::fabs(random.uniform()); });
         for (std::size_t t = 0; t < shape.m; ++t) {
@@ -55,7 +56,8 @@ private:
         // The decoder of floats, which shares no code with the unpackers, at scales of one.
         std::vector<std::uint16_t> ones(weight_scales_.size(), 0x3c00);
         std::vector<float> weights(shape_.rows * n);
-        decoders_baseline().f32({encoding_, shape_.rows, n, codes_.data(), ones.data(), zeros_.data()}, weights.data());
+        const Packed unscaled{encoding_, shape_.rows, n, codes_.data(), ones.data(), zeros_.data()};
+        decoders_baseline()->f32(unscaled, weights.data());
         const std::vector<std::int8_t> integers(weights.begin(), weights.end());
         for (std::size_t t = 0; t < shape_.m; ++t) {
             for (std::size_t row = 0; row < shape_.rows; ++row) {
@@ -177,8 +179,7 @@ void check_products(const Plan& plan) {
     }
     for (std::size_t v = 0; v < cases.size(); ++v) {
         const auto& choice = gemm_variants()[v];
-        if (cases[v] != 0) std::printf("product %s: %zu cases agree\n", choice.variant->name, cases[v]);
-        else std::printf("product %s: not run, %s\n", choice.variant->name, choice.why_not.c_str());
+        report("product", choice.variant->name, choice.why_not, cases[v]);
     }
 }
 

@@ -87,7 +87,8 @@ void emulate_avxvnni() {
     action.sa_sigaction = handle;
     action.sa_flags = SA_SIGINFO;
     if (sigaction(SIGILL, &action, nullptr) != 0) fail("no handler for illegal instructions");
-    std::printf("vpdpbusd of AVX-VNNI is emulated%s\n", native ? ", like this CPU's EVEX form in 1000 comparisons" : "");
+    std::printf("vpdpbusd of AVX-VNNI is emulated%s\n",
+                native ? ", like this CPU's EVEX form in 1000 comparisons" : "");
 }
 
 }  // namespace linocut

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../attention.h"
 #include "../cpu_features.h"
 #include "../gemm.h"
 #include "check.h"
@@ -24,7 +25,8 @@ int main(int count, char** words) {
         else return std::fprintf(stderr, "%s: unknown option %s\n", words[0], words[i]), 2;
     }
     if (plan.emulate_avxvnni) emulate_avxvnni();
-    std::printf("chosen: decoder %s, product %s\n", variant("").name.c_str(), gemm_variant("").name);
+    std::printf("chosen: decoder %s, attention %s, product %s\n", variant("").name.c_str(), attention_variant("").name,
+                gemm_variant("").name);
     check_decoders(plan);
     check_quantizers(plan);
     check_products(plan);
