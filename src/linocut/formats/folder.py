@@ -22,8 +22,8 @@ __all__ = ["COMPONENTS", "EMBEDDED", "HUB_PATTERNS", "ModelFolder", "read_settin
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 # name -> folder of its transformer; both share everything else
 EMBEDDED = {"embedded": "transformer", "embedded-binary": "transformer-binary"}
-# what a model needs; a hub repository may hold much more (other formats, single files of many GB)
 VOCABULARY_FILE = "vocabulary.json"
+# what a model needs; a hub repository may hold much more (other formats, single files of many GB)
 HUB_PATTERNS = ("model_index.json", VOCABULARY_FILE, "transformer/*.json", "transformer/*.safetensors",
                 "text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.json", "vae/*.safetensors",
                 "scheduler/*.json")
