@@ -85,7 +85,7 @@ class Conductor:
             if not self.attempt("teacher", plan.teacher, self.together("teacher", plan.teacher)):
                 self.say("all done: nothing can follow without a teacher")
                 return
-            self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher"))
+            threading.Thread(target=self.pack_teacher).start()  # the students need not wait for it
         todo = [name for name in STUDENTS if not self.finished(name)]
         self.attempt("students", plan.students, [self.task(name, plan.students, rank) for rank, name in
                                                  enumerate(todo)], apart=True)
@@ -94,6 +94,9 @@ class Conductor:
         for name in filter(self.finished, STUDENTS):
             self.pack(name, self.slim(name))
         self.say("all done")
+
+    def pack_teacher(self) -> None:
+        self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher"))
 
     def rehearse(self) -> None:
         """Every stage but the autoencoder for a few steps, beside the autoencoder."""

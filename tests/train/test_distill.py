@@ -1,5 +1,7 @@
 """Journeys from noise to picture, and latent weights that round to what GPTQ found."""
 
+import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from linocut.quantize.rounding import fake_quantize
 from linocut.train.calibrate import latent_weights
 from linocut.train.dataset import Captions
 from linocut.train.distill import _Journeys
-from linocut.train.painter import step_levels
+from linocut.train.painter import grid_levels, jittered
 from linocut.train.recipe import Recipe
 
 
@@ -55,23 +57,41 @@ def test_rows_are_spread_over_the_steps_and_change_places(journeys):
 
 
 def test_targets_lead_to_where_the_teacher_gets(journeys, recipe):
-    coarse, fine = step_levels(recipe)
+    first, second, _ = grid_levels(recipe)
     target = journeys.target(0)
-    assert torch.allclose(target[:4], torch.full_like(target[:4], coarse[0]))
-    middle = (fine[0] + fine[1]) / 2  # two halves, each with the velocity of its start
-    assert fine[1] == pytest.approx(fine[0] / 2)
+    assert torch.allclose(target[:4], torch.full_like(target[:4], first))
+    middle = (second + second / 2) / 2  # two halves, each with the velocity of its start
     assert torch.allclose(target[4:], torch.full_like(target[4:], middle), atol=1e-6)
 
 
 def test_rows_move_as_the_teacher_or_as_the_student_says(journeys, recipe):
-    coarse, _ = step_levels(recipe)
+    first, second, _ = grid_levels(recipe)
     journeys.own[:2] = True
     before = journeys.x.clone()
     target = journeys.target(0)
     journeys.move(0, 3 * target, target)
-    moved = (journeys.x - before)[:4] / (coarse[-1] - coarse[0])
-    assert torch.allclose(moved[:2], torch.full_like(moved[:2], 3 * coarse[0]), atol=1e-5)
-    assert torch.allclose(moved[2:], torch.full_like(moved[2:], coarse[0]), atol=1e-5)
+    moved = (journeys.x - before)[:4] / (second - first)
+    assert torch.allclose(moved[:2], torch.full_like(moved[:2], 3 * first), atol=1e-5)
+    assert torch.allclose(moved[2:], torch.full_like(moved[2:], first), atol=1e-5)
+
+
+def test_some_routes_have_levels_of_their_own(recipe):
+    levels = [1.0, 0.9, 0.7, 0.0]
+    routes = [jittered(levels, random.Random(seed)) for seed in range(300)]
+    assert {(route[0], route[-1]) for route in routes} == {(1.0, 0.0)}
+    second, third = ([route[index] for route in routes] for index in (1, 2))
+    assert 0.8 <= min(second) < 0.82
+    assert 0.93 < max(second) <= 0.95
+    assert 0.35 <= min(third) < 0.4
+    assert 0.76 < max(third) <= 0.8
+    width, length = recipe.transformer.joint_attention_dim, recipe.data.text_length
+    captions = Captions(torch.zeros(9, length, dtype=torch.int16), torch.full((9,), 5, dtype=torch.int16))
+    jumpy = replace(recipe, path=replace(recipe.path, jitter=1.0))
+    made = _Journeys(jumpy, Straight(1.0, width), Straight(1.0, width), captions, batch=8)
+    assert made.sigma(1)[:4].unique().tolist() != [grid_levels(recipe)[1]]
+    before, target = made.x.clone(), made.target(0)
+    made.move(0, target, target)
+    assert torch.allclose((made.x - before)[:4], target[:4] * (made.routes[0][1] - 1.0), atol=1e-5)
 
 
 def test_rows_that_are_through_begin_anew(journeys):

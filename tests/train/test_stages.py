@@ -23,6 +23,7 @@ from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae
+from linocut.train.corpus import make_scenes
 from linocut.train.dataset import LatentBank, make_tokenizer
 from linocut.train.export import FOLDERS, quantized
 from linocut.train.optimize import Average
@@ -248,3 +249,18 @@ def test_two_processes_train_together(trained, tmp_path):
         assert {name: two.info(name).shape for name in two.names} == {name: one.info(name).shape for name in one.names}
         assert any(not np.array_equal(two.array(name), one.array(name)) for name in two.names)
     assert (tmp_path / "teacher.png").is_file()
+
+
+@torch.no_grad()
+def test_captions_belong_to_their_pictures(trained):
+    """The bank draws scenes sorted by size; each latent still lies beside its own captions."""
+    recipe, run = trained.recipe, trained.run
+    tokenizer, vae = make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU)
+    renderer = SceneRenderer(trained.sprites, recipe.data.size)
+    bank = LatentBank.build(recipe, tokenizer, vae, renderer, 0, CPU)
+    made = make_scenes(recipe, 0, recipe.data.scenes)
+    images = renderer.draw(renderer.table(made.placements), renderer.looks(made.scenes))
+    wanted = vae.latents_from_image(images).flatten(2).transpose(1, 2)
+    error = (bank.latents.float() - wanted).square().mean((1, 2))
+    assert float(error.max()) < 0.01 * float(wanted.square().mean())
+    assert torch.equal(bank.captions.ids[::2].long(), tokenizer.encode([texts[0] for texts in made.captions])[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     if ranks.first:
         size = sum(p.numel() for p in vae.parameters())
         print(f"  {size:,} parameters, {len(renderer.atlas.texels):,} texels", flush=True)
-    optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=device.type == "cuda")
     forward = torch.compile(_losses, dynamic=False) if settings.compile else _losses
     schedule = Schedule(settings, ranks)
     pool, pools = _pool(recipe, renderer, ranks, 0), 0
@@ -79,7 +81,9 @@ def _losses(vae: Autoencoder, image: Tensor, kl: float) -> tuple[Tensor, Tensor]
 
 
 def _pool(recipe: Recipe, renderer: SceneRenderer, ranks: Ranks, number: int) -> tuple[Tensor, Tensor]:
-    part = make_scenes(recipe, -2000 - number * ranks.world - ranks.rank, FRESH if ranks.device.type == "cuda" else 64)
+    wordless = replace(recipe, data=replace(recipe.data, captions=0))
+    count = FRESH if ranks.device.type == "cuda" else 64
+    part = make_scenes(wordless, -2000 - number * ranks.world - ranks.rank, count)
     return renderer.table(part.placements), renderer.looks(part.scenes)
 
 

@@ -27,7 +27,7 @@ from linocut.train.tokenizer import save_tokenizer, train_tokenizer
 def make_tokenizer(recipe: Recipe, folder: Path) -> PromptTokenizer:
     """The tokenizer of the recipe: learned from captions once, then read from `folder`."""
     if not (folder / "tokenizer.json").is_file():
-        count = min(40_000, 8 * recipe.data.scenes)  # enough to meet every word many times; less in a small trial
+        count = min(15_000, 8 * recipe.data.scenes)  # enough to meet every word many times; less in a small trial
         captions = [text for group in make_scenes(recipe, -1, count).captions for text in group]
         save_tokenizer(train_tokenizer(captions, recipe.data.vocab_size), folder)
     return PromptTokenizer.from_folder(folder, recipe.data.text_length)
@@ -84,12 +84,13 @@ class LatentBank:
             nonlocal done
             for part in chunks(recipe, rank, count):
                 table, looks = renderer.table(part.placements), renderer.looks(part.scenes)
-                for start in range(0, len(part.scenes), 256):
-                    image = renderer.draw(table[start:start + 256], looks[start:start + 256])
+                alike = sorted(range(len(part.scenes)), key=lambda index: len(part.placements[index]))
+                for rows in torch.tensor(alike, device=device).split(256):
+                    image = renderer.draw(table[rows], looks[rows])
                     with torch.no_grad(), autocast(device):
                         z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
-                    latents[done:done + len(z)] = z.flatten(2).transpose(1, 2)
-                    done += len(z)
+                    latents[done + rows] = z.flatten(2).transpose(1, 2).to(latents.dtype)
+                done += len(part.scenes)
                 yield from (text for group in part.captions for text in group)
 
         return cls(latents, Captions.build(tokenizer, draw(), device), recipe.data.captions)

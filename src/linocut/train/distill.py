@@ -10,6 +10,8 @@ tensor trains too. Only captions are needed.
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from linocut.train.calibrate import Batch, calibrate
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.optimize import Average, make_optimizers, set_rate
-from linocut.train.painter import Painter, step_levels
+from linocut.train.painter import Painter, grid_levels, jittered
 from linocut.train.recipe import QatSettings, Recipe
 from linocut.train.teacher import draw_held_out
 from linocut.train.weights import State
@@ -55,7 +57,9 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
         journeys = _Journeys(recipe, teacher, student, captions, settings.batch)
     mean: Tensor | None = None
     for step in schedule:
-        set_eps(student.transformer, settings.residual * max(0.0, 1 - schedule.progress / max(settings.anneal, 1e-9)))
+        if settings.residual:
+            left = max(0.0, 1 - schedule.progress / max(settings.anneal, 1e-9))
+            set_eps(student.transformer, settings.residual * left)
         journeys.depart(step, settings.on_policy * min(1.0, max(0.0, (schedule.progress - 0.2) / 0.3)))
         target = journeys.target(step)
         sigma, stage = journeys.sigma(step), journeys.stage(step)
@@ -88,26 +92,27 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
 class _Journeys:
     """Rows between noise and picture: states x [B, I, 4C] in blocks of equal size, block j at stage (step + j) mod K.
 
-    K is the number of steps of the grid and must divide B. `own` marks rows that move as the student says.
+    K is the number of steps of the grid and must divide B. `own` marks rows that move as the student says. Each block
+    has a route of its own, K + 1 noise levels.
     """
 
     def __init__(self, recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, batch: int) -> None:
-        self.teacher, self.student, self.captions, self.levels = teacher, student, captions, step_levels(recipe)
+        self.teacher, self.student, self.captions, self.path = teacher, student, captions, recipe.path
+        self.levels, self.rng = grid_levels(recipe), random.Random(recipe.data.seed)
         device, self.grid = captions.ids.device, recipe.path.grid
         self.block = batch // self.grid
+        self.routes = [self.levels] * self.grid
         rows, columns = recipe.tokens
         self.x = torch.empty(self.block * self.grid, rows * columns, recipe.transformer.in_channels, device=device)
         shape = len(self.x), recipe.data.text_length, recipe.transformer.joint_attention_dim
         self.teacher_text, self.student_text = torch.empty(shape, device=device), torch.empty(shape, device=device)
         self.own = torch.zeros(len(self.x), 1, 1, dtype=torch.bool, device=device)
-        self.starts = torch.tensor([levels[0] for levels in self.levels], device=device)
-        self.lengths = torch.tensor([levels[-1] - levels[0] for levels in self.levels], device=device)
         self.weight = torch.tensor(recipe.path.weights or [1.0] * self.grid, device=device)
         for block in range(self.grid):  # each starts where it has to be at step 0
             self._set_out(block, 0.0)
             part = self._part(block)
-            for levels in self.levels[:block]:
-                self.x[part] = teacher.walk(self.x[part], self.teacher_text[part], [levels[0], levels[-1]])
+            for levels in pairwise(self.routes[block][:block + 1]):
+                self.x[part] = teacher.walk(self.x[part], self.teacher_text[part], levels)
 
     def stage(self, step: int) -> Tensor:
         """The step of the grid that each row is at: int64 [B]."""
@@ -115,7 +120,7 @@ class _Journeys:
 
     def sigma(self, step: int) -> Tensor:
         """The noise level of each row: float32 [B]."""
-        return self.starts[self.stage(step)]
+        return self._each([route[(block + step) % self.grid] for block, route in enumerate(self.routes)])
 
     def depart(self, step: int, own: float) -> None:
         """Rows that are through begin anew, with another caption; a share `own` of them will go the student's way."""
@@ -127,18 +132,24 @@ class _Journeys:
         """The velocity that leads from each row's state to where the teacher gets to at the step's end."""
         with autocast(self.x.device):
             v = self.teacher.velocity(self.x, self.teacher_text, self.sigma(step))
-        for block in range(self.grid):
-            levels, part = self.levels[(block + step) % self.grid], self._part(block)
-            if len(levels) > 2:
-                ahead = self.x[part] + (levels[1] - levels[0]) * v[part]
-                there = self.teacher.walk(ahead, self.teacher_text[part], levels[1:])
-                v[part] = (there - self.x[part]) / (levels[-1] - levels[0])
+        for block, route in enumerate(self.routes):
+            stage, part = (block + step) % self.grid, self._part(block)
+            here, there, count = route[stage], route[stage + 1], self.path.substeps[stage]
+            if count > 1:
+                levels = [here + (there - here) * i / count for i in range(1, count + 1)]
+                ahead = self.x[part] + (levels[0] - here) * v[part]
+                v[part] = (self.teacher.walk(ahead, self.teacher_text[part], levels) - self.x[part]) / (there - here)
         return v
 
     def move(self, step: int, student: Tensor, teacher: Tensor) -> None:
         """Every row makes its step, the student's or the teacher's."""
-        length = self.lengths[self.stage(step)][:, None, None]
-        self.x = self.x + length * torch.where(self.own, student, teacher)
+        stages = [(block + step) % self.grid for block in range(self.grid)]
+        length = self._each([route[stage + 1] - route[stage] for route, stage in zip(self.routes, stages, strict=True)])
+        self.x = self.x + length[:, None, None] * torch.where(self.own, student, teacher)
+
+    def _each(self, of_blocks: list[float]) -> Tensor:
+        """A number per block as one per row: float32 [B]."""
+        return torch.tensor(of_blocks, device=self.x.device).repeat_interleave(self.block)
 
     def _part(self, block: int) -> slice:
         return slice(block * self.block, (block + 1) * self.block)
@@ -152,13 +163,14 @@ class _Journeys:
             self.student_text[part] = self.student.read(ids, mask).float()
         self.x[part] = torch.randn_like(self.x[part])
         self.own[part] = torch.rand(self.block, 1, 1, device=device) < own
+        self.routes[block] = jittered(self.levels, self.rng) if self.rng.random() < self.path.jitter else self.levels
 
 
 def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, encoding: str,
                prompts: int) -> None:
     """Set the student's latent weights by GPTQ on states of the teacher's path."""
     device, batches = captions.ids.device, []
-    levels = [[part[0], part[-1]] for part in step_levels(recipe)]
+    levels = list(pairwise(grid_levels(recipe)))
     generator = torch.Generator().manual_seed(recipe.data.seed + 300)
     with torch.no_grad(), autocast(device):
         for part in torch.randperm(len(captions.ids), generator=generator)[:prompts].to(device).split(16):

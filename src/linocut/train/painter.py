@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -71,18 +72,24 @@ class Painter(nn.Module):
         return painter.to(device).eval().requires_grad_(False)
 
 
-def step_levels(recipe: Recipe) -> list[list[float]]:
-    """For each step of the sampler's grid the noise levels of the teacher's substeps, both ends included."""
+def grid_levels(recipe: Recipe) -> list[float]:
+    """The noise levels of the sampler's grid, from 1 to 0."""
     rows, columns = recipe.tokens
-    coarse = sigmas(rows * columns, recipe.path.grid).tolist()
-    return [[high + (low - high) * i / count for i in range(count + 1)]
-            for (high, low), count in zip(pairwise(coarse), recipe.path.substeps, strict=True)]
+    levels: list[float] = sigmas(rows * columns, recipe.path.grid).tolist()
+    return levels
+
+
+def jittered(levels: Sequence[float], rng: random.Random) -> list[float]:
+    """The levels with each inner one anywhere between the middles of the gaps beside it."""
+    inner = [rng.uniform((before + here) / 2, (here + after) / 2)
+             for before, here, after in zip(levels, levels[1:], levels[2:], strict=False)]
+    return [levels[0], *inner, levels[-1]]
 
 
 def training_sigmas(recipe: Recipe, batch: int, device: torch.device) -> Tensor:
-    """Noise levels for flow matching: 70 % spread as the sampler visits them, the rest flatter. float32 [B]."""
+    """Noise levels for flow matching: 85 % spread as the sampler visits them, the rest flatter. float32 [B]."""
     rows, columns = recipe.tokens
     steep = torch.tensor(empirical_mu(rows * columns, recipe.path.grid)).exp()
-    shift = torch.where(torch.rand(batch, device=device) < 0.7, steep.to(device), 1.5)
+    shift = torch.where(torch.rand(batch, device=device) < 0.85, steep.to(device), 1.5)
     u = torch.rand(batch, device=device)
     return shift * u / (1 + (shift - 1) * u)

@@ -72,11 +72,13 @@ class TeacherSettings(StageSettings):
 @dataclass(frozen=True)
 class PathSettings:
     """How the teacher draws for its students: `grid` steps of the sampler, each in `substeps`. The students learn each
-    step of the grid in one; `weights` say how much an error in each counts (equally if left out)."""
+    step of the grid in one; `weights` say how much an error in each counts (equally if left out). A share `jitter` of
+    the paths has other levels between the ends, so that the students can also draw in more steps."""
 
     grid: int = 4
     substeps: tuple[int, ...] = (1, 1, 1, 2)
     weights: tuple[float, ...] = ()
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)

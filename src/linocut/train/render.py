@@ -78,16 +78,17 @@ class SceneRenderer:
         canvas = self._profiles[background][:, :, top:top + side, None].expand(-1, -1, -1, side)
         stars = self._stars[background][:, None, top:top + side, left:left + side]
         canvas = canvas + stars * (1 - canvas)
-        things = [tuple(column[:, None, None] for column in table[:, k].unbind(-1)) for k in range(MAX_OBJECTS)]
+        most = int((table[..., 2] >= 0).sum(1).max())  # a batch of scenes with few things takes less time
+        things = [tuple(column[:, None, None] for column in table[:, k].unbind(-1)) for k in range(most)]
         canvas = canvas * self._shadows(things, rows, columns, self._ground[background])[:, None]
         for tint, thing, level, x0, y0 in things:
             x, y = columns - x0, rows - y0
             pixels = self.atlas.sizes[0] + level * STEP
             inside = (level >= 0) & (x >= 0) & (y >= 0) & (x < pixels) & (y < pixels)
-            start = thing.long() * self.atlas.stride + self._starts[level.clamp_min(0)]
+            start = thing.long() * self.atlas.stride + self._starts[level.clamp_min(0).long()]
             texel = self.atlas.texels[torch.where(inside, start + y * pixels + x, 0)]
             rgb = _bytes(texel)
-            ramp = self._ramps[tint.clamp_min(0) * 256 + (texel >> 32 & 255)]
+            ramp = self._ramps[tint.clamp_min(0).long() * 256 + (texel >> 32 & 255)]
             share = torch.where(tint > 0, (texel >> 40 & 255).float() / 255, 0.0)[:, None]
             alpha = torch.where(inside, (texel >> 24 & 255).float() / 255, 0.0)[:, None]
             canvas = canvas + alpha * (rgb + share * (_bytes(ramp) - rgb) - canvas)
@@ -98,7 +99,7 @@ class SceneRenderer:
         light = torch.ones((), device=self.device)
         for _, thing, level, x0, y0 in things:
             pixels = self.atlas.sizes[0] + level * STEP
-            width, bottom = self.atlas.extent[thing.clamp_min(0).squeeze(-1).squeeze(-1)].unbind(-1)
+            width, bottom = self.atlas.extent[thing.clamp_min(0).long().flatten()].unbind(-1)
             across = (columns - x0 - pixels / 2) / (0.42 * pixels * width[:, None, None])
             down = (rows - y0 - pixels * (bottom[:, None, None] - 0.02)) / (0.055 * pixels)
             dark = _SHADOW * torch.exp(-(across.square() + down.square()))

@@ -10,6 +10,7 @@ Sprites: Microsoft Fluent Emoji 3D (MIT), fetched by `recipes/embedded/fetch_spr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +52,16 @@ def load_atlas(folder: Path, things: Sequence[ObjectName], sizes: Sequence[int],
     starts = [0]
     for side in sizes:
         starts.append(starts[-1] + side * side)
-    texels = torch.empty(len(things), starts.pop() if not sizes else starts[-1], dtype=torch.int64, device=device)
+    texels = torch.empty(len(things), starts[-1], dtype=torch.int64, device=device)
     extent = torch.empty(len(things), 2)
-    for row, path in enumerate(sprite_files(folder, things)):
-        planes = split_colour(open_sprite(path)).to(device)
-        opaque = (planes[3] > 0.5).cpu()
-        side = opaque.shape[0]
-        extent[row, 0] = opaque.any(0).sum() / side
-        extent[row, 1] = (opaque.any(1).nonzero().max() + 1) / side
-        for start, pixels in zip(starts, sizes, strict=False):
-            texels[row, start:start + pixels * pixels] = _pack(_resize(planes, pixels)).flatten()
+    with ThreadPoolExecutor(8) as readers:
+        for row, sprite in enumerate(readers.map(open_sprite, sprite_files(folder, things))):
+            opaque = sprite[3] > 0.5
+            extent[row, 0] = opaque.any(0).float().mean()
+            extent[row, 1] = (opaque.any(1).nonzero().max() + 1) / len(opaque)
+            planes = split_colour(sprite.to(device))
+            for start, pixels in zip(starts, sizes, strict=False):
+                texels[row, start:start + pixels * pixels] = _pack(_resize(planes, pixels)).flatten()
     return Atlas(texels.flatten(), tuple(sizes), tuple(starts[:len(sizes)]), extent.to(device))
 
 

@@ -12,7 +12,7 @@ from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.optimize import Average, make_optimizers, set_rate
-from linocut.train.painter import Painter, step_levels, training_sigmas
+from linocut.train.painter import Painter, grid_levels, training_sigmas
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.weights import State
@@ -91,6 +91,5 @@ def draw_held_out(recipe: Recipe, painter: Painter, vae: Autoencoder, captions: 
     device, count = captions.ids.device, len(captions.ids)
     with autocast(device):
         text = painter.read(*captions.pick(torch.arange(count, device=device)))
-    levels = step_levels(recipe)
-    x = painter.walk(held_out_noise(recipe, count, device), text, [levels[0][0], *(part[-1] for part in levels)])
+    x = painter.walk(held_out_noise(recipe, count, device), text, grid_levels(recipe))
     return vae.image_from_latents(x.transpose(1, 2).unflatten(2, recipe.tokens))
