@@ -12,6 +12,8 @@ from torch import Tensor
 from linocut.errors import FormatError, UsageError
 from linocut.formats.packed import ENCODINGS, MAX_SCALE, MIN_SCALE, dequantize, unpack
 from linocut.quantize.rounding import (
+    _affine_range,
+    _affine_search,
     fake_quantize,
     quantize_affine4,
     quantize_binary,
@@ -136,6 +138,24 @@ def test_absent_values_follow_the_format():
     assert (unpack(quantize_tensor(tiny, "ternary")) == 0).all(), "nearer to zero than to the smallest scale"
     huge = torch.full((1, 128), 1e6)
     assert (dequantize(quantize_tensor(huge, "ternary")) == MAX_SCALE).all()
+
+
+@pytest.mark.parametrize("tails", [3.0, 5.0, 1000.0])  # of Student's distribution: heavy ones, to a Gaussian's
+def test_affine4_comes_near_the_best_scale_and_zero_point(tails):
+    g = torch.from_numpy(np.random.default_rng(4).standard_t(tails, (300, 64))).float()
+    signed, scales, _ = _affine_search(g)
+    found = (signed * scales - g).square().sum(-1)
+    best = torch.full_like(found, np.inf)
+    span = (g.amax(-1) - g.amin(-1))[:, None]
+    for zero, factor in itertools.product(range(16), np.linspace(0.3, 1.2, 181)):
+        scale = span * factor / 15
+        code = (g / scale).round().clamp(-zero, 15 - zero)
+        best = torch.minimum(best, (code * scale - g).square().sum(-1))
+    signed, scales, _ = _affine_range(g)
+    simple = (signed * scales - g).square().sum(-1)
+    assert found.sum() <= 1.01 * best.sum()
+    assert found.sum() <= 0.95 * simple.sum()
+    assert (found <= simple * (1 + 1e-5)).all()
 
 
 def test_affine4_codes_are_in_range_and_zero_is_exact():
