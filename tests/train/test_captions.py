@@ -51,6 +51,8 @@ def test_noun_phrases(seed, thing, count, tint):
         assert not {*NUMBERS[2:], *"23456"} & set(phrase.split()), phrase
     if tint is not None:
         assert any(word in phrase for word in colour(tint).words)
+        said = [word for word in re.findall(r"[a-z]+", phrase) if word in COLOURS]
+        assert len(said) <= (2 if objects()[thing].name == "orange" else 1), phrase
 
 
 @given(SEEDS)

@@ -19,6 +19,7 @@ from linocut.train.vocabulary import article, objects, plural_of
 
 NONSENSE_RATE = 0.02
 _FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE = 0.12, 0.35, 0.14, 0.10
+_COLOUR_WORDS = {*COLOURS, "gold"}  # no "blue brown bear"
 _FRAME_WEIGHTS = [weight for weight, _ in wording.FRAMES]
 
 
@@ -157,8 +158,8 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
 def _phrase(group: Group, rng: random.Random) -> tuple[str, bool]:
     """The group in words, and whether a verb after them is in the plural."""
     thing = objects()[group.thing]
-    use_synonym = bool(thing.synonyms) and rng.random() < _SYNONYM_RATE
-    single = rng.choice(thing.synonyms) if use_synonym else thing.name
+    synonyms = [noun for noun in thing.synonyms if group.colour is None or not _COLOUR_WORDS & set(noun.split())]
+    single = rng.choice(synonyms) if synonyms and rng.random() < _SYNONYM_RATE else thing.name
     always_plural = thing.name == thing.plural and single.endswith("s")  # scissors, fries
     many = single if always_plural else plural_of(thing, single)
     described = _coloured(many if group.count > 1 else single, group, rng)
