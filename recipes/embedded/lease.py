@@ -230,8 +230,8 @@ def start(options: argparse.Namespace) -> None:
                                                                 options.budget))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
-        process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdout=log, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdin=subprocess.DEVNULL,
+                                   stdout=log, stderr=log, start_new_session=True)
     running.write_text(str(process.pid))
     print((root / "plan.json").read_text())
 
@@ -310,7 +310,12 @@ def main() -> None:
             each.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "conduct":
-        Conductor(options.root).conduct()
+        conductor = Conductor(options.root)
+        try:
+            conductor.conduct()
+        except BaseException as error:
+            conductor.say(f"the plan itself FAILED: {error!r}")
+            raise
     else:
         {"start": start, "watch": watch, "join": join}[options.command](options)
 
