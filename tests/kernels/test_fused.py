@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linocut.errors import KernelError
-from linocut.kernels import fused, native
+from linocut.kernels import fused, fusible, native
 from linocut.kernels.cpu import Activations, quantize
+from linocut.kernels.dispatch import use_kernel
 from linocut.kernels.fused import Heads, Norm
 from linocut.models import flux2, text_encoder
 
@@ -287,9 +288,13 @@ def test_unknown_attention_is_refused_with_the_known_ones(monkeypatch):
 
 
 def test_reasons_against_the_fused_blocks(monkeypatch):
-    assert fused.why_not("cpu", 128) is None
-    assert "48" in fused.why_not("cpu", 48)
-    assert "cuda" in fused.why_not("cuda", 128)
-    assert "to_q" in fused.why_not("cpu", 128, "to_q")
+    assert fused.why_not(128, None, "cpu") is None
+    assert "48" in fused.why_not(48, None, "cpu")
+    assert "cuda" in fused.why_not(128, None, "cuda")
+    assert "to_q" in fused.why_not(128, "to_q", "cpu")
+    with use_kernel("native"):
+        assert "native" in fused.why_not(128, None, "cpu")
+        assert fusible.why_not(128, None) is None  # knows the environment only
     monkeypatch.setenv("LINOCUT_KERNEL", "reference")
-    assert "reference" in fused.why_not("cpu", 128)
+    assert "reference" in fused.why_not(128, None, "cpu")
+    assert "reference" in fusible.why_not(128, None)

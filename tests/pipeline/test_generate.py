@@ -10,7 +10,7 @@ from tiny_model import TEXT_LENGTH, TRANSFORMER, write_tiny_model
 
 import linocut
 from linocut.errors import Cancelled, FormatError, ModelNotFoundError, UsageError
-from linocut.kernels import native
+from linocut.kernels import fused, native
 from linocut.kernels.dispatch import use_kernel
 from linocut.models.flux2_cpu import FusedTransformer
 from linocut.pipeline.generate import Pipeline
@@ -76,7 +76,7 @@ def test_the_recipe_says_what_ran(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     steps = []
     whole = FusedTransformer.__call__
     monkeypatch.setattr(FusedTransformer, "__call__", lambda *given, **named: steps.append(1) or whole(*given, **named))
-    assert pipe(PROMPT, seed=3).recipe.kernel == "int8 fused"
+    assert pipe(PROMPT, seed=3).recipe.kernel == f"int8 fused {fused.attention_variant()}"
     assert len(steps) == 2
     with use_kernel("native"):
         assert pipe(PROMPT, seed=3).recipe.kernel == "native"

@@ -17,31 +17,14 @@ from torch import Tensor
 
 from linocut.errors import KernelError
 from linocut.formats.packed import GROUP_SIZE
-from linocut.kernels import dispatch, native
+from linocut.kernels import dispatch, fusible, native
 from linocut.kernels.cpu import Activations, linear_quantized
 from linocut.kernels.problem import PackedWeight, thread_count
 
-HEAD_WIDTHS = (32, 64, 96, 128)
-HIDDEN_SLICE = 1024
-"""Hidden units that `gated_mlp` best computes at a time: enough rows of weights for the threads to share, and what they
-give for klein's 1536 tokens at 512 px, 6 MB, stays in the cache."""
 
-
-def why_not(device: str, head_width: int, dense: str | None = None) -> str | None:
-    """None if blocks with heads of this width can run fused, else the reason.
-
-    `dense` names one of their Linears that is not packed, if there is one.
-    """
-    asked = dispatch.requested()
-    if asked not in ("auto", "int8"):
-        return f"the kernel {asked} is asked for, which works layer by layer"
-    if device != "cpu":
-        return f"runs on the CPU, the model is on {device}"
-    if dense is not None:
-        return f"{dense} is not packed"
-    if head_width not in HEAD_WIDTHS:
-        return f"heads have {head_width} channels, and attention takes {', '.join(map(str, HEAD_WIDTHS))}"
-    return native.why_no_module()
+def why_not(head_width: int, dense: str | None, device: str) -> str | None:
+    """`fusible.why_not` as things stand: with the kernel that the code around asks for."""
+    return fusible.why_not(head_width, dense, device, dispatch.requested()) or native.why_no_module()
 
 
 def attention_variant() -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from linocut.kernels import fused
 from linocut.kernels.cpu import Activations, linear_quantized
 from linocut.kernels.fused import Heads, Norm
+from linocut.kernels.fusible import HIDDEN_SLICE
 from linocut.kernels.problem import PackedWeight
 from linocut.models.configs import Flux2Config
 from linocut.models.flux2 import Flux2Transformer, RMSNorm, Rope
@@ -33,7 +34,7 @@ _PROMPTS = 2
 def runner(model: Flux2Transformer) -> Flux2Transformer | FusedTransformer:
     """What computes the velocity best: the fused step where it can run (`fused.why_not`), else the model as it is."""
     dense = dense_layer(model.transformer_blocks) or dense_layer(model.single_transformer_blocks)
-    reason = fused.why_not(model.x_embedder.weight.device.type, model.config.attention_head_dim, dense)
+    reason = fused.why_not(model.config.attention_head_dim, dense, model.x_embedder.weight.device.type)
     return FusedTransformer(model) if reason is None else model
 
 
@@ -127,7 +128,7 @@ class _Memory:
         self.all = _Rows(
             0, torch.empty(tokens, width), torch.empty(tokens, width),
             torch.empty(tokens, 3 * width, dtype=torch.bfloat16),
-            torch.empty(tokens, 2 * min(hidden, fused.HIDDEN_SLICE), dtype=torch.bfloat16),
+            torch.empty(tokens, 2 * min(hidden, HIDDEN_SLICE), dtype=torch.bfloat16),
             Activations.empty(tokens, width), Activations.empty(tokens, hidden),
             Activations.empty(tokens, width + hidden))
         self.text, self.image = self.all.part(0, text), self.all.part(text, tokens)

@@ -17,6 +17,7 @@ from linocut.errors import UsageError
 from linocut.kernels import fused
 from linocut.kernels.cpu import Activations, linear_quantized
 from linocut.kernels.fused import Heads, Norm
+from linocut.kernels.fusible import HIDDEN_SLICE
 from linocut.models.configs import Qwen3Config
 from linocut.models.linear import dense_layer, packed_weight
 from linocut.models.text_encoder import OnLayer, Qwen3Encoder, RMSNorm, rotary_table
@@ -25,7 +26,7 @@ from linocut.models.text_encoder import OnLayer, Qwen3Encoder, RMSNorm, rotary_t
 def runner(model: Qwen3Encoder) -> Qwen3Encoder | FusedEncoder:
     """What encodes best: the fused encoder where it can run (`fused.why_not`), else the model as it is."""
     device = next(model.layers.parameters()).device.type
-    reason = fused.why_not(device, model.config.head_dim, dense_layer(model.layers))
+    reason = fused.why_not(model.config.head_dim, dense_layer(model.layers), device)
     return FusedEncoder(model) if reason is None else model
 
 
@@ -76,7 +77,7 @@ class _Memory:
         self.x, self.y = torch.empty(tokens, config.hidden_size), torch.empty(tokens, config.hidden_size)
         """float32 [T, D]: the residual stream, and what a branch adds to it."""
         self.qkv = torch.empty(tokens, sum(self.widths))
-        self.units = torch.empty(tokens, 2 * min(fused.HIDDEN_SLICE, config.intermediate_size))
+        self.units = torch.empty(tokens, 2 * min(HIDDEN_SLICE, config.intermediate_size))
         """[T, 2 * slice]: gates and values of some of the MLP's hidden units."""
         self.normed = Activations.empty(tokens, config.hidden_size)
         self.attended = Activations.empty(tokens, queries)

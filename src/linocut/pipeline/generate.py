@@ -9,7 +9,6 @@ Components live one after another: prompts are encoded, latents denoised, pictur
 import math
 import os
 import platform
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from linocut import __version__
 from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
-from linocut.kernels import dispatch, fused
+from linocut.kernels import dispatch, fused, fusible
 from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.pipeline import embeddings, memory
 from linocut.pipeline.components import Components
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationResult", "Picture", "Pipeline", "Progress", "StepState"]
 
-_IN_BLOCKS = re.compile(r"(blocks|layers)\.\d+\.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -170,7 +168,7 @@ class Pipeline:
     def kernel(self, tokens: int, component: str = "transformer") -> str:
         """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is.
 
-        With " fused" where whole blocks run in C++ (`why_not_fused`).
+        Where whole blocks run in C++ (`why_not_fused`), with " fused" and the variant of attention behind it.
         """
         with self.folder.checkpoint(component) as checkpoint:
             layers = [entry for name, entry in checkpoint.packed.items() if not name.endswith("embed_tokens")]
@@ -180,17 +178,16 @@ class Pipeline:
         o, n = largest.shape
         name = dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, largest.encoding,
                                                 torch.get_num_threads())).name
-        return name if self.why_not_fused(component) else f"{name} fused"
+        return name if self.why_not_fused(component) else f"{name} fused {fused.attention_variant()}"
 
     def why_not_fused(self, component: str) -> str | None:
         """None if whole blocks of "transformer" or "text_encoder" run in C++ (`kernels.fused`), else the reason."""
         with self.folder.checkpoint(component) as checkpoint:
-            dense = next((name for name in checkpoint.names if _IN_BLOCKS.search(name) and name.endswith(".weight")
-                          and len(checkpoint.info(name).shape) == 2), None)
+            dense = fusible.dense_in_blocks(checkpoint)
         config = self.folder.config(component)
         width = Flux2Config.from_dict(config).attention_head_dim if component == "transformer" else \
             Qwen3Config.from_dict(config).head_dim
-        return fused.why_not(self.device.type, width, dense)
+        return fused.why_not(width, dense, self.device.type)
 
     def prompt_cache(self) -> embeddings.PromptCache | None:
         """Text features on disk for what this pipeline computes now, or None if there is no such cache."""

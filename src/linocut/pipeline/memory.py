@@ -22,6 +22,8 @@ from linocut.errors import UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
 from linocut.formats.names import is_timestep
+from linocut.kernels import fusible
+from linocut.kernels.fusible import HIDDEN_SLICE
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.pipeline.decoding import decoder_dtype
 
@@ -132,8 +134,8 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
     size = DTYPE_BYTES[dtype]
     text_length = int(settings["text_length"])
     image_tokens = (width // vae.token_side) * (height // vae.token_side)
-    features, encode_work = _encode_bytes(text, text_length, len(settings["text_taps"]), size)
-    denoise_work, latents = _denoise_bytes(transformer, text_length, image_tokens, size)
+    features = text_length * len(settings["text_taps"]) * text.hidden_size * size
+    latents = image_tokens * transformer.in_channels * 4
     tile = tile_for(vae, width, height)
     decoder_size = DTYPE_BYTES[decoder_dtype()[0]]
     decode_work = _decode_bytes(vae, width, height, tile, decoder_size)
@@ -152,6 +154,13 @@ def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32"
             if name == "transformer":  # what sees the noise level alone is gone before the rest comes
                 timestep = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint if is_timestep(tensor))
                 weights[name] = max(timestep or disk.get("timestep_weights", 0), weights[name] - timestep)
+            if name == "text_encoder":
+                whole = fusible.why_not(text.head_dim, fusible.dense_in_blocks(checkpoint)) is None
+                encode_work = features + (_fused_layer_bytes if whole else _layer_bytes)(text, text_length, size)
+            elif name == "transformer":
+                whole = fusible.why_not(transformer.attention_head_dim, fusible.dense_in_blocks(checkpoint)) is None
+                work = _fused_block_bytes if whole else _block_bytes
+                denoise_work = 6 * latents + work(transformer, text_length, image_tokens, size)
     held = weights if keep else dict.fromkeys(weights, 0)
     waiting = pictures * latents
     phases = (
@@ -227,25 +236,44 @@ def gigabytes(count: int) -> str:
 
 # ---- closed forms -------------------------------------------------------------------------------------------------
 
-def _encode_bytes(config: Qwen3Config, tokens: int, taps: int, size: int) -> tuple[int, int]:
-    """Return (features that live on, work of one layer) of the text encoder."""
+def _layer_bytes(config: Qwen3Config, tokens: int, size: int) -> int:
+    """Return the work of one layer of the text encoder."""
     width, mlp = config.hidden_size, config.intermediate_size
     heads, kv, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    features = tokens * taps * width * size
     # Residual, normed, taps kept and their concatenation; q, k, v with rotated float32 copies; scores; the MLP.
     layer = tokens * (4 * width + 3 * heads * head + 4 * kv * head + 4 * mlp) + 2 * heads * tokens * tokens
-    return features, features + layer * max(size, 4)
+    return layer * max(size, 4)
 
 
-def _denoise_bytes(config: Flux2Config, text: int, image: int, size: int) -> tuple[int, int]:
-    """Return (work of the largest block, latents of one picture)."""
+def _fused_layer_bytes(config: Qwen3Config, tokens: int, size: int) -> int:
+    """The same where layers run fused: buffers for all of them (models/text_encoder_cpu.py), and taps as above."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    floats = 3 * width + 3 * (queries + 2 * keys) + 2 * min(mlp, HIDDEN_SLICE)
+    return tokens * (4 * floats + _quantized_bytes(width + queries + mlp) + 2 * width * size)
+
+
+def _block_bytes(config: Flux2Config, text: int, image: int, size: int) -> int:
+    """Return the work of the largest block of the transformer."""
     width, mlp = config.width, config.mlp_width
     tokens = text + image
     # A single-stream block holds the residual, its modulated copy, the fused projection (3D + 2M), attention's
     # output (D), the gated MLP (2M) and their concatenation; rotated float32 copies of q and k live before that.
-    block = tokens * max((8 * width + 4 * mlp) * size, (7 * width + 2 * mlp) * size + 5 * width * 4)
-    latents = image * config.in_channels * 4
-    return block + 6 * latents, latents
+    return tokens * max((8 * width + 4 * mlp) * size, (7 * width + 2 * mlp) * size + 5 * width * 4)
+
+
+def _fused_block_bytes(config: Flux2Config, text: int, image: int, size: int) -> int:
+    """The same where blocks run fused: buffers for all of them (models/flux2_cpu.py)."""
+    width, mlp = config.width, config.mlp_width
+    # float32: the residual and what is added to it, embedded tokens; q, k and v for attention (at most float32).
+    # bfloat16: q, k and v as projected; a slice of the MLP. int8: what goes into the products.
+    floats, halves = 3 * width + 3 * width, 3 * width + 2 * min(mlp, HIDDEN_SLICE)
+    return (text + image) * (4 * floats + 2 * halves + _quantized_bytes(2 * width + 2 * mlp))
+
+
+def _quantized_bytes(values: int) -> int:
+    """Return the bytes of activations in int8, with a scale per 128, a sum per 64 and some padding."""
+    return values + values // 128 * 4 + values // 64 * 4 + 3 * 64
 
 
 def _decode_bytes(config: AutoencoderConfig, width: int, height: int, tile: int | None, size: int) -> int:
