@@ -48,7 +48,7 @@ def main() -> None:
     source = arguments.source
     if source is None:
         source = arguments.work / "source"
-        subprocess.run([*LINOCUT, "bench", "--synthetic", "klein-4b", "--source", "bf16", "--out", str(source)],
+        subprocess.run([*LINOCUT, "bench", "synthetic", "klein-4b", "--source", "bf16", "--out", str(source)],
                        check=True)
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="quantized-") as folder:
         result = Path(folder) / arguments.encoding

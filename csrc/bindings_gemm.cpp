@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "gemm.h"
+#include "peak.h"
 
 namespace linocut {
 
@@ -93,6 +94,9 @@ void bind_gemm(nb::module_& m) {
     m.attr("ACTIVATION_PADDING") = activation_stride(0);
     m.def("gemm_variants", &reasons,
           "[(variant of the packed product, instruction sets it needs, '' or why it cannot run here)], best first.");
+    m.def("int8_peak", &int8_peak, nb::arg("variant"), nb::arg("threads"), nb::arg("seconds"),
+          nb::call_guard<nb::gil_scoped_release>(),
+          "Operations per second of a variant's instructions on registers alone; 0 for the generic variant.");
     bind_type<float>(m);
     bind_type<std::int16_t>(m);
 }

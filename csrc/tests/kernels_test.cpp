@@ -8,6 +8,7 @@
 #include "../attention.h"
 #include "../cpu_features.h"
 #include "../gemm.h"
+#include "../peak.h"
 #include "check.h"
 #include "emulate_avxvnni.h"
 
@@ -33,6 +34,11 @@ int main(int count, char** words) {
     check_rows(plan);
     check_attention(plan);
     check_pool(plan);
+    for (const auto& each : gemm_variants()) {
+        if (!each.why_not.empty() || plan.emulate_avxvnni) continue;
+        const bool positive = int8_peak(each.variant->name, 2, 0.001) > 0;
+        if (positive != (each.variant != gemm_generic())) fail("the peak of %s", each.variant->name);
+    }
     std::puts("all kernels agree with their oracles");
     return 0;
 }

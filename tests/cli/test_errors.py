@@ -84,8 +84,8 @@ def test_existing_previews_are_kept(fail, tiny_model: Path) -> None:
 
 
 def test_a_benchmark_that_cannot_draw_is_refused_before_anything_is_made(fail) -> None:
-    assert "drawing needs all parts" in fail("bench", "--synthetic", "klein-4b", "--out", "m", "--parts", "vae")
-    assert "multiple of 32" in fail("bench", "--synthetic", "klein-4b", "--out", "m", "--size", "100x100")
+    assert "drawing needs all parts" in fail("bench", "synthetic", "klein-4b", "--out", "m", "--parts", "vae")
+    assert "multiple of 32" in fail("bench", "synthetic", "klein-4b", "--out", "m", "--size", "100x100")
 
 
 def test_pictures_without_a_recipe(fail) -> None:

@@ -114,7 +114,7 @@ def test_signals_leave_nothing_and_the_next_run_resumes(tmp_path, kind):
 def test_a_temporary_benchmark_model_does_not_outlive_sigterm(tmp_path):
     script = ("import sys, time\nfrom linocut.cli import main\nfrom linocut.models import synthetic\n"
               "def never_ending(folder, *rest):\n    (folder / 'begun').touch()\n    time.sleep(60)\n"
-              "synthetic.write_synthetic = never_ending\nmain(['bench', '--synthetic', 'klein-4b'])")
+              "synthetic.write_synthetic = never_ending\nmain(['bench', 'synthetic', 'klein-4b'])")
     environment = os.environ | {"PYTHONPATH": str(Path(synthetic.__file__).parents[2]), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
@@ -128,7 +128,7 @@ def test_a_temporary_benchmark_model_does_not_outlive_sigterm(tmp_path):
 
 def test_bench_makes_draws_and_measures(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(synthetic.KNOWN, "klein-4b", TINY)
-    code, out, err = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "m", "--encoding", "both",
+    code, out, err = run(capsys, "bench", "synthetic", "klein-4b", "--out", tmp_path / "m", "--encoding", "both",
                          "--size", "64x64", "--steps", "2", "--json")
     assert code == 0, err
     facts = json.loads(out)
@@ -138,13 +138,13 @@ def test_bench_makes_draws_and_measures(capsys, tmp_path, monkeypatch):
         assert all(stage["peak_rss"] > 0 for stage in entry["stages"].values())
     vaes = [tmp_path / "m" / name / "vae/diffusion_pytorch_model.safetensors" for name in ("ternary", "binary")]
     assert os.path.samefile(*vaes)
-    code, _, err = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "m/binary", "--make-only")
+    code, _, err = run(capsys, "bench", "synthetic", "klein-4b", "--out", tmp_path / "m/binary", "--make-only")
     assert code == 2
     assert "holds a binary model already" in err
-    code, _, err = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "m/binary", "--make-only",
+    code, _, err = run(capsys, "bench", "synthetic", "klein-4b", "--out", tmp_path / "m/binary", "--make-only",
                        "--encoding", "binary", "--timestep-table")
     assert code == 2
     assert "without a timestep table already" in err
-    code, out, _ = run(capsys, "bench", "--synthetic", "klein-4b", "--out", tmp_path / "s", "--source", "bf16")
+    code, out, _ = run(capsys, "bench", "synthetic", "klein-4b", "--out", tmp_path / "s", "--source", "bf16")
     assert code == 0
     assert "klein-4b bf16" in out

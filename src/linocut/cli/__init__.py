@@ -9,9 +9,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("linocut.cli.inspect:command", "List a model's tensors, sizes and bits per weight; verify them."),
     "doctor": ("linocut.cli.doctor:command", "Check this machine, its libraries and every kernel."),
     "plan": ("linocut.cli.plan:command", "Predict size on disk and peak memory before loading."),
-    "bench": ("linocut.cli.bench:command", "Measure speed and memory per stage."),
+    "bench": ("linocut.cli.bench:command", "Measure speed and memory, beside other programs."),
     "train": ("linocut.cli.train:command", "Train or distil a model from a recipe."),
     "completions": ("linocut.cli.completions:command", "Print a completion script for bash, zsh or fish."),
 }
@@ -34,15 +34,22 @@ EXIT_INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """A click group that imports a command's module when the command is asked for, not when it is listed."""
+    """A click group that imports a command's module when the command is asked for, not when it is listed.
+
+    `table` is like `COMMANDS`.
+    """
+
+    def __init__(self, *args: Any, table: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module, _, attribute = self.table[cmd_name][0].partition(":")
         return getattr(import_module(module), attribute)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -53,20 +60,20 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
 
     def resolve_command(self, ctx: click.Context,
                         args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        if args and not args[0].startswith("-") and args[0] not in self.table:
             from difflib import get_close_matches
-            near = get_close_matches(args[0], COMMANDS, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else "see 'linocut --help'"
+            near = get_close_matches(args[0], self.table, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"see '{ctx.command_path} --help'"
             raise click.UsageError(f"no command {args[0]!r}; {advice}", ctx)
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False,
-             invoke_without_command=True)
+@click.group(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]},
+             no_args_is_help=False, invoke_without_command=True)
 @click.version_option(__version__, "-V", "--version", prog_name="linocut")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -193,7 +193,7 @@ class _Weights:
                     for name, shape in self.dense.items()]
         with CheckpointWriter(self.path, declared, {"format": "pt"}, self.packed) as writer:
             for name, (encoding, shape) in self.packed.items():
-                tensor = _random_packed(self._generator(name), encoding, shape)
+                tensor = random_packed(self._generator(name), encoding, shape)
                 writer.write(name, tensor)
                 yield name, tensor.nbytes
             for name, dtype, shape in declared:
@@ -213,7 +213,7 @@ def _meta(network: Callable[..., nn.Module], config: Any, **arguments: Any) -> n
         return network(config, **arguments)
 
 
-def _random_packed(rng: np.random.Generator, encoding: str, shape: tuple[int, int]) -> PackedTensor:
+def random_packed(rng: np.random.Generator, encoding: str, shape: tuple[int, int]) -> PackedTensor:
     """A packed matrix whose entries have a standard deviation of about N^-1/2; scales vary by a quarter."""
     o, n = shape
     # standard deviation of the values at scale 1: of -1/+1, of uniform -1/0/+1, of a uniform code 0..15

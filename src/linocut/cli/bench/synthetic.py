@@ -1,4 +1,4 @@
-"""`linocut bench`: make a model of a known size with random weights, draw with it, print seconds and memory."""
+"""`linocut bench synthetic`: a model of a known size with random weights; draw with it, print seconds and memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from linocut.cli.generate import Size
 
 
 @click.command()
-@click.option("--synthetic", type=click.Choice(["klein-4b"]), required=True,
-              help="The model whose true shapes to fill with random weights.")
+@click.argument("synthetic", metavar="MODEL", type=click.Choice(["klein-4b"]))
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where to make (or find) the model folder; without it, a temporary one.")
 @click.option("--encoding", type=click.Choice(["ternary", "binary", "both"]), default="ternary", show_default=True,
@@ -33,7 +32,7 @@ from linocut.cli.generate import Size
 def command(synthetic: str, out: Path | None, encoding: str, timestep_table: bool, source: str | None,
             parts: str | None, size: tuple[int, int], steps: int, threads: int | None, make_only: bool,
             as_json: bool) -> None:
-    """Measure on random weights of a model's true shapes.
+    """Fill the true shapes of MODEL (klein-4b) with random weights, and measure a picture of it.
 
     The folder is made once (deterministic, in little memory) and used again by the next run.
     """
