@@ -70,6 +70,19 @@ def test_threads_do_not_change_pixels(pipe: Pipeline) -> None:
     assert (pictures[0] == pictures[2]).all()
 
 
+@pytest.mark.parametrize("kernel", ["int8", "native", "generic"])
+def test_no_python_code_runs_where_an_interrupt_would_be_lost(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch,
+                                                              kernel: str) -> None:
+    taken = []
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", lambda *_, **__: taken.append(1))
+    with use_kernel(kernel):
+        assert pipe(PROMPT, seed=3).recipe.kernel.startswith(kernel)
+    assert not taken
+    with pytest.raises(TypeError, match="incompatible"):  # what the bindings do with a tensor itself
+        native.module().add_rows(torch.zeros(1, 128), torch.zeros(1, 128), None, 1)
+    assert taken
+
+
 def test_the_recipe_says_what_ran(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.why_no_module() is not None:
         pytest.skip(f"{native.why_no_module()}")

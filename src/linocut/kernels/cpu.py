@@ -94,7 +94,7 @@ def quantize(x: Tensor) -> Activations:
     """Activations of x[M, N] (float32, bfloat16 or float16). A token with an infinity or a NaN gives NaN results."""
     act = Activations.empty(x.shape[0], x.shape[1])
     if x.shape[0]:
-        native.module().quantize_activations(_rows(x), act.values, act.scales, act.sums, act.n, 0, thread_count()[0])
+        native.call("quantize_activations", _rows(x), act.values, act.scales, act.sums, act.n, 0, thread_count()[0])
     return act
 
 
@@ -109,8 +109,8 @@ def linear_quantized(act: Activations, weight: PackedWeight, out: Tensor | None 
     if act.m and weight.o:
         target = y.view(torch.int16) if y.dtype == torch.bfloat16 else y
         zeros = None if weight.zeros is None else native.bits(weight.zeros)
-        native.module().gemm(act.values, act.scales, act.sums, native.bits(weight.codes), native.bits(weight.scales),
-                             zeros, weight.encoding, weight.n, target, thread_count()[0], gemm_variant())
+        native.call("gemm", act.values, act.scales, act.sums, native.bits(weight.codes), native.bits(weight.scales),
+                    zeros, weight.encoding, weight.n, target, thread_count()[0], gemm_variant())
     return y
 
 

@@ -76,7 +76,7 @@ class Heads:
 
 def add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> None:
     """x[M, D] += gate[D] * y[M, D] in place; x is float32."""
-    native.module().add_rows(x, _bits(y), gate, thread_count()[0])
+    native.call("add_rows", x, _bits(y), gate, thread_count()[0])
 
 
 def normalize(x: Tensor, norm: Norm, out: Activations | Tensor, y: Tensor | None = None,
@@ -84,15 +84,14 @@ def normalize(x: Tensor, norm: Norm, out: Activations | Tensor, y: Tensor | None
     """x[M, D] += gate[D] * y[M, D] in place if y is given; then the norm of x into `out`, quantized or as float32."""
     residual = (x, None if y is None else _bits(y), gate, norm.centered, norm.eps, norm.factor, norm.shift)
     if isinstance(out, Tensor):
-        native.module().normalize(*residual, out, thread_count()[0])
+        native.call("normalize", *residual, out, thread_count()[0])
     else:
-        native.module().normalize_quantize(*residual, out.values, out.scales, out.sums, thread_count()[0])
+        native.call("normalize_quantize", *residual, out.values, out.scales, out.sums, thread_count()[0])
 
 
 def swiglu(gate: Tensor, value: Tensor, out: Activations, first: int = 0) -> None:
     """silu(gate) * value, both [M, D], into columns first .. first + D of `out`."""
-    native.module().swiglu(_bits(gate), _bits(value), out.values, out.scales, out.sums, out.n, first,
-                           thread_count()[0])
+    native.call("swiglu", _bits(gate), _bits(value), out.values, out.scales, out.sums, out.n, first, thread_count()[0])
 
 
 def gated_mlp(x: Activations, gate: PackedWeight, value: PackedWeight, units: Tensor, out: Activations,
@@ -118,8 +117,8 @@ def arrange(qkv: Sequence[Tensor], out: Heads, *, norms: tuple[Tensor, Tensor] |
     """
     q_norm, k_norm = norms or (None, None)
     cos, sin = rope or (None, None)
-    native.module().arrange_heads(*map(_bits, qkv), q_norm, k_norm, eps, cos, sin, adjacent, first, _bits(out.q),
-                                  _bits(out.k), _bits(out.v), out.tokens, thread_count()[0])
+    native.call("arrange_heads", *map(_bits, qkv), q_norm, k_norm, eps, cos, sin, adjacent, first, _bits(out.q),
+                _bits(out.k), _bits(out.v), out.tokens, thread_count()[0])
 
 
 def attend(heads: Heads, out: Activations | Tensor, keys: int | None = None, causal: bool = False) -> None:
@@ -127,17 +126,17 @@ def attend(heads: Heads, out: Activations | Tensor, keys: int | None = None, cau
 
     A query sees the first `keys` tokens (default: all), and none after itself if `causal`.
     """
-    module, threads, variant = native.module(), thread_count()[0], attention_variant()
+    threads, variant = thread_count()[0], attention_variant()
     given = (_bits(heads.q), _bits(heads.k), _bits(heads.v), heads.tokens, heads.tokens if keys is None else keys,
              causal)
     if isinstance(out, Tensor):
-        module.attend(*given, out, threads, variant)
+        native.call("attend", *given, out, threads, variant)
     elif heads.q.shape[2] == GROUP_SIZE:
-        module.attend_quantize(*given, out.values, out.scales, out.sums, out.n, threads, variant)
+        native.call("attend_quantize", *given, out.values, out.scales, out.sums, out.n, threads, variant)
     else:  # a group of activations spans several heads
         rows = torch.empty(heads.tokens, heads.q.shape[0] * heads.q.shape[2])
-        module.attend(*given, rows, threads, variant)
-        module.quantize_activations(rows, out.values, out.scales, out.sums, out.n, 0, threads)
+        native.call("attend", *given, rows, threads, variant)
+        native.call("quantize_activations", rows, out.values, out.scales, out.sums, out.n, 0, threads)
 
 
 def _bits(x: Tensor) -> Tensor:

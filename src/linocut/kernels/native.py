@@ -49,6 +49,15 @@ def module() -> ModuleType:
     return found
 
 
+def call(function: str, *arguments: object) -> None:
+    """Call a function of the C++ module; tensors travel as NumPy arrays of the same memory.
+
+    Given a tensor itself, the binding would run Python code of torch's (`__dlpack__`) and drop what is raised there: a
+    Ctrl-C that arrives at that moment would be lost.
+    """
+    getattr(module(), function)(*(each.detach().numpy() if isinstance(each, Tensor) else each for each in arguments))
+
+
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="linocut")
@@ -89,13 +98,12 @@ def _decode(weight: PackedWeight, out: Tensor) -> None:
         _decode(weight, whole)
         out.copy_(whole)
         return
-    cpp = module()
     codes, scales = bits(weight.codes), bits(weight.scales)
     zeros = None if weight.zeros is None else bits(weight.zeros)
 
     def work(start: int, stop: int) -> None:
         part = None if zeros is None else zeros[start:stop]
-        cpp.decode(codes[start:stop], scales[start:stop], part, weight.encoding, weight.n, bits(out[start:stop]))
+        call("decode", codes[start:stop], scales[start:stop], part, weight.encoding, weight.n, bits(out[start:stop]))
 
     _in_rows(weight.o, weight.o * weight.n, work)
 
@@ -131,7 +139,6 @@ class Generic:
         _decode(weight, out)
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        cpp = module()
         x32 = x.detach().float().contiguous()
         y = torch.empty((weight.o, x.shape[0]), dtype=torch.float32)
         codes, scales = bits(weight.codes), bits(weight.scales)
@@ -139,7 +146,7 @@ class Generic:
 
         def work(start: int, stop: int) -> None:
             part = None if zeros is None else zeros[start:stop]
-            cpp.linear(x32, codes[start:stop], scales[start:stop], part, weight.encoding, y[start:stop])
+            call("linear", x32, codes[start:stop], scales[start:stop], part, weight.encoding, y[start:stop])
 
         _in_rows(weight.o, weight.o * weight.n * x.shape[0], work)
         return y.t().to(x.dtype).contiguous()
