@@ -89,12 +89,13 @@ def test_stages_measures_each_stage_beside_torch_and_goes_on_where_it_stopped(be
     arguments = ("stages", tiny_model, "--size", "64x64", "-o", file, "--json")
     code, out, err = bench(*arguments, "--rounds", 1, "--stage", "encode")
     assert code == 0, err
-    assert set(json.loads(out)["results"]) == {"encode/linocut", "encode/torch bf16", "encode/torch int8"}
+    beside = ("torch fp32", "torch bf16", "torch int8")
+    assert set(json.loads(out)["results"]) == {f"encode/{arm}" for arm in ("linocut", *beside)}
     before = report.read(file)["results"]["encode/torch bf16"]["samples"]
     _, out, _ = bench(*arguments, "--rounds", 2)
     results = json.loads(out)["results"]
-    assert set(results) == {f"{stage}/{arm}" for stage in ("encode", "step", "decode")
-                            for arm in ("linocut", "torch bf16", "torch fp32" if stage == "decode" else "torch int8")}
+    assert set(results) == {f"{stage}/{arm}" for stage in ("encode", "step", "decode") for arm in ("linocut", *beside)
+                            if (stage, arm) != ("decode", "torch int8")}
     assert all(len(found["samples"]) == 2 and found["min"] > 0 for found in results.values())
     assert results["encode/torch bf16"]["samples"][:1] == before
     _, again, _ = bench(*arguments, "--rounds", 2)
@@ -109,12 +110,13 @@ def test_torchs_networks_compute_what_ours_define():
     image, text = torch.randn(1, 16, TRANSFORMER.in_channels), torch.randn(1, 8, TRANSFORMER.joint_attention_dim)
     places = image_position_ids(4, 4), text_position_ids(8)
     with torch.inference_mode():
-        for int8 in (False, True):
-            network = baselines.transformer(TRANSFORMER, int8)
+        for precision, dtype in baselines.DTYPES.items():
+            network = baselines.transformer(TRANSFORMER, precision)
             quantized = [name for name, module in network.named_modules(remove_duplicate=False)
                          if isinstance(module, baselines.Int8Linear)]
-            assert len(quantized) == (12 + 2 * 2 if int8 else 0)
-            out = network(image.bfloat16(), text.bfloat16(), torch.ones(1), *places)
+            assert len(quantized) == (12 + 2 * 2 if precision == "int8" else 0)
+            out = network(image.to(dtype), text.to(dtype), torch.ones(1), *places)
+            assert out.dtype == dtype
             assert out.shape == image.shape
             assert out.isfinite().all()
         pixels = baselines.decoder(VAE, torch.float32).image_from_latents(torch.randn(1, 16, 4, 4))
@@ -144,17 +146,19 @@ def test_the_plain_autoencoder_computes_the_same(tiny_model):
 @pytest.mark.slow
 def test_image_measures_whole_processes(bench, tiny_model, tmp_path):
     file = tmp_path / "image.json"
-    arms = [word for arm in ("linocut", "linocut, known prompt", "torch int8") for word in ("--arm", arm)]
+    wanted = ("linocut", "linocut, known prompt", "torch int8", "torch bf16", "torch fp32")
+    arms = [word for arm in wanted for word in ("--arm", arm)]
     code, out, err = bench("image", tiny_model, "--work", tmp_path / "work", "--size", "64x64", "--steps", 2,
                            "--rounds", 1, "--threads", 1, *arms, "-o", file)
     assert code == 0, err
     results = report.read(file, "image")["results"]
-    for arm in ("linocut", "linocut, known prompt", "torch int8"):
+    for arm in wanted:
+        assert 0 < results[f"{arm}/step"]["median"] < results[arm]["median"]
         assert 0.1 < results[arm]["median"] < 120
         assert results[f"{arm}/peak_rss"]["median"] > 50e6
         assert arm in out
-    assert sorted(path.name for path in (tmp_path / "work" / "torch").iterdir()) == [
-        "text_encoder.safetensors", "transformer.safetensors"]
+    assert {str(path.relative_to(tmp_path / "work")) for path in (tmp_path / "work").glob("*/*")} == {
+        f"torch-{kind}/{name}.safetensors" for kind in ("int8", "bf16") for name in ("text_encoder", "transformer")}
 
 
 def test_image_says_what_it_needs(bench, tiny_model, monkeypatch):
@@ -227,7 +231,7 @@ def test_plot_draws_each_kind(bench, tmp_path):
     text = [{"m": 64, "o": 5, "n": 128, "peak": one(900), "gops": {"affine4": one(700)}}]
     files = []
     stages = {"step/linocut": one(1), "step/torch bf16": one(2)}
-    image = {"linocut": one(1), "linocut/peak_rss": one(9)}
+    image = {"linocut": one(1), "linocut/peak_rss": one(9), "linocut/step": one(0.2)}
     for kind, settings, results in (("kernels", {}, kernels + text), ("stages", {"size": [64, 64]}, stages),
                                     ("image", {"size": [64, 64], "steps": 4}, image)):
         files.append(tmp_path / f"{kind}.json")

@@ -1,4 +1,4 @@
-"""What we are compared with: torch's own layers, dense in bfloat16 or quantized to int8.
+"""What we are compared with: torch's own layers, dense in float32 or bfloat16, or quantized to int8.
 
 The networks are ours, plain, with random weights of the true shapes. All blocks of a kind share one set of weights: far
 larger than any cache, so it is read from memory each time all the same, and nobody needs 20 GB to compare.
@@ -20,6 +20,9 @@ from linocut.models.text_encoder import Layer, Qwen3Encoder
 
 VOCABULARY = 1024
 """Rows of the text encoders' embedding tables; looking one up takes no time in a larger table either."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+"""Of each precision, for all that is not int8."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -63,7 +66,7 @@ def swap_linears(module: Network) -> Network:
     return module
 
 
-def dense(module: Network, dtype: torch.dtype = torch.bfloat16) -> Network:
+def dense(module: Network, dtype: torch.dtype) -> Network:
     """`module`, built without memory, with random weights that keep the size of activations."""
     module.to_empty(device="cpu")
     for parameter in module.parameters():
@@ -77,29 +80,33 @@ def dense(module: Network, dtype: torch.dtype = torch.bfloat16) -> Network:
     return module.to(dtype).eval()
 
 
-def transformer(config: Flux2Config, int8: bool) -> Flux2Transformer:
-    """The dense transformer in bfloat16; with int8, the Linears of its blocks quantized."""
+def transformer(config: Flux2Config, precision: str) -> Flux2Transformer:
+    """The transformer, dense in one of `DTYPES`; for int8, with the Linears of its blocks quantized."""
     with torch.device("meta"):
         model = Flux2Transformer(config)
         blocks = DoubleBlock(config), SingleBlock(config)
         model.transformer_blocks, model.single_transformer_blocks = nn.ModuleList(), nn.ModuleList()
-    dense(model)
-    double, single = (swap_linears(dense(block)) if int8 else dense(block) for block in blocks)
+    dense(model, DTYPES[precision])
+    double, single = (_block(block, precision) for block in blocks)
     model.transformer_blocks = nn.ModuleList([double] * config.num_layers)
     model.single_transformer_blocks = nn.ModuleList([single] * config.num_single_layers)
     return model
 
 
-def text_encoder(config: Qwen3Config, taps: tuple[int, ...], int8: bool) -> Qwen3Encoder:
-    """The dense text encoder in bfloat16; with int8, the Linears of its layers quantized."""
+def text_encoder(config: Qwen3Config, taps: tuple[int, ...], precision: str) -> Qwen3Encoder:
+    """The text encoder, likewise."""
     with torch.device("meta"):
         model, layer = Qwen3Encoder(config, taps), Layer(config)
         count, model.layers = len(model.layers), nn.ModuleList()
         model.embed_tokens = nn.Embedding(VOCABULARY, config.hidden_size)
-    dense(model)
-    one = swap_linears(dense(layer)) if int8 else dense(layer)
-    model.layers = nn.ModuleList([one] * count)
+    dense(model, DTYPES[precision])
+    model.layers = nn.ModuleList([_block(layer, precision)] * count)
     return model
+
+
+def _block(block: Network, precision: str) -> Network:
+    dense(block, DTYPES[precision])
+    return swap_linears(block) if precision == "int8" else block
 
 
 def decoder(config: AutoencoderConfig, dtype: torch.dtype) -> Autoencoder:

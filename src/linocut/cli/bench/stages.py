@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STAGES = ("encode", "step", "decode")
 OURS = "linocut"
-TORCH = {"encode": ("torch bf16", "torch int8"), "step": ("torch bf16", "torch int8"),
+TORCH = {"encode": ("torch fp32", "torch bf16", "torch int8"), "step": ("torch fp32", "torch bf16", "torch int8"),
          "decode": ("torch fp32", "torch bf16")}
 PROMPT = "a red apple and two blue cups on a wooden table"
 
@@ -37,8 +37,8 @@ def command(model: Path, size: tuple[int, int], stages: tuple[str, ...], rounds:
     """Measure reading a prompt, one denoising step and decoding of the model folder MODEL.
 
     'linocut bench synthetic' makes one of klein's shapes. torch runs the same architecture with random weights: dense
-    in bfloat16, or with the Linears of all blocks as quantized.linear_dynamic (int8, onednn engine) and the rest in
-    bfloat16. Our seconds are those that drawing a picture reports, without opening files.
+    in float32 or bfloat16, or with the Linears of all blocks as quantized.linear_dynamic (int8, onednn engine) and the
+    rest in bfloat16. Our seconds are those that drawing a picture reports, without opening files.
     """
     from linocut.cli._progress import Bar
     from linocut.cli.bench.rounds import Rounds
@@ -92,27 +92,26 @@ def _torch(name: str, pipe: Pipeline, size: tuple[int, int]) -> Callable[[], flo
     from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
     from linocut.models.flux2 import image_position_ids, text_position_ids
 
-    stage, _, arm = name.partition("/")
-    folder, int8 = pipe.folder, arm == "torch int8"
+    stage, _, precision = name.partition("/torch ")
+    folder, dtype = pipe.folder, baselines.DTYPES[precision]
     vae = AutoencoderConfig.from_dict(folder.config("vae"))
     grid = (size[1] // vae.token_side, size[0] // vae.token_side)
     tokens = int(folder.settings["text_length"])
     run: Callable[[], object]
     if stage == "encode":
         encoder = baselines.text_encoder(Qwen3Config.from_dict(folder.config("text_encoder")),
-                                         tuple(folder.settings["text_taps"]), int8)
+                                         tuple(folder.settings["text_taps"]), precision)
         ids = torch.arange(tokens)[None] % baselines.VOCABULARY
         mask = (ids < tokens // 8).long()
         run = lambda: encoder(ids, mask)  # noqa: E731
     elif stage == "step":
         config = Flux2Config.from_dict(folder.config("transformer"))
-        network = baselines.transformer(config, int8)
-        image = torch.randn(1, grid[0] * grid[1], config.in_channels, dtype=torch.bfloat16)
-        text = torch.randn(1, tokens, config.joint_attention_dim, dtype=torch.bfloat16)
+        network = baselines.transformer(config, precision)
+        image = torch.randn(1, grid[0] * grid[1], config.in_channels, dtype=dtype)
+        text = torch.randn(1, tokens, config.joint_attention_dim, dtype=dtype)
         places, sigma = (image_position_ids(*grid), text_position_ids(tokens)), torch.ones(1)
         run = lambda: network(image, text, sigma, *places)  # noqa: E731
     else:
-        dtype = torch.float32 if arm == "torch fp32" else torch.bfloat16
         decoder = baselines.decoder(vae, dtype)
         latents = torch.randn(1, 4 * vae.latent_channels, *grid, dtype=dtype)
         run = lambda: decoder.image_from_latents(latents)  # noqa: E731

@@ -1,9 +1,10 @@
-"""torch as an arm of `linocut bench image`: int8 weights from a file that was quantized beforehand, drawn in a process.
+"""torch as an arm of `linocut bench image`: weights from a file, a picture drawn in a process of its own.
 
-    python -m linocut.cli.bench.torch_int8 MODEL WEIGHTS PICTURE WIDTH HEIGHT STEPS THREADS
+    python -m linocut.cli.bench.torch_draw PRECISION MODEL WEIGHTS PICTURE WIDTH HEIGHT STEPS THREADS
 
-The weights are random, of the true shapes: int8 with a scale per row for the Linears of all blocks, bfloat16 for the
-rest. The networks are opened one after another and dropped again, as linocut does. Prints its seconds as JSON.
+The weights are random, of the true shapes. bf16: all in bfloat16; fp32: the same file, made float32 when it is opened;
+int8: a file that was quantized beforehand, int8 with a scale per row for the Linears of all blocks and bfloat16 for the
+rest. The networks are opened one after another and dropped again, as linocut does. Prints the seconds of its steps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ PROMPT = "a red apple and two blue cups on a wooden table"
 _PIECE = 1 << 24
 
 
-def write_weights(model: ModelFolder, folder: Path) -> None:
+def write_weights(model: ModelFolder, folder: Path, int8: bool) -> None:
     """Write WEIGHTS for a model's shapes: `transformer.safetensors` and `text_encoder.safetensors`, random."""
     rng = np.random.default_rng(0)
     for name in ("transformer", "text_encoder"):
@@ -47,7 +47,7 @@ def write_weights(model: ModelFolder, folder: Path) -> None:
         with torch.device("meta"):
             network = _network(model, name)
         tensors: list[tuple[str, str, tuple[int, ...]]] = []
-        quantized = {f"{layer}.weight" for layer in _quantized(network)}
+        quantized = {f"{layer}.weight" for layer in _in_blocks(network)} if int8 else set()
         for key, parameter in network.state_dict().items():
             if key in quantized:
                 stem = key.removesuffix("weight")
@@ -81,74 +81,67 @@ def _network(model: ModelFolder, name: str) -> nn.Module:
     return Qwen3Encoder(Qwen3Config.from_dict(config), tuple(model.settings["text_taps"]))
 
 
-def _quantized(network: nn.Module) -> list[str]:
+def _in_blocks(network: nn.Module) -> list[str]:
     """Names of the Linears inside blocks."""
     return [name for name, module in network.named_modules()
             if isinstance(module, nn.Linear) and ("blocks." in name or "layers." in name)]
 
 
-def _open(model: ModelFolder, weights: Path, name: str) -> Any:
-    """A network with its int8 layers prepacked and everything else mapped."""
+def _open(model: ModelFolder, weights: Path, name: str, precision: str) -> Any:
+    """A network whose weights are mapped; int8 layers are prepacked, float32 ones converted."""
     with torch.device("meta"):
         network = _network(model, name)
     with Checkpoint.open(weights / f"{name}.safetensors") as checkpoint:
-        for layer in _quantized(network):
+        for layer in _in_blocks(network) if precision == "int8" else ():
             parent, _, child = layer.rpartition(".")
             values, scales = (tensor_from(checkpoint, f"{layer}.{part}") for part in ("values", "scales"))
             setattr(network.get_submodule(parent), child, baselines.Int8Linear.from_int8(values, scales))
             checkpoint.release(f"{layer}.values")
-        state = {key: tensor_from(checkpoint, key) for key in network.state_dict()}
+        dtype = baselines.DTYPES[precision]
+        state = {key: tensor_from(checkpoint, key).to(dtype) for key in network.state_dict()}
     network.load_state_dict(state, assign=True)
     return network.eval()
 
 
-def _encode(model: ModelFolder, weights: Path) -> Tensor:
-    length = int(model.settings["text_length"])
-    ids, mask = PromptTokenizer.from_folder(model.path("tokenizer"), length).encode([PROMPT])
-    return _open(model, weights, "text_encoder")(ids, mask).bfloat16()
-
-
-def _denoise(model: ModelFolder, weights: Path, text: Tensor, grid: tuple[int, int], steps: int) -> Tensor:
-    network = _open(model, weights, "transformer")
+def _denoise(network: Any, text: Tensor, grid: tuple[int, int], steps: int) -> tuple[Tensor, list[float]]:
+    """Latents [1, C, h, w], and the seconds of each step."""
     places = image_position_ids(*grid), text_position_ids(text.shape[1])
     noise = torch.randn(1, grid[0] * grid[1], network.config.in_channels, generator=torch.Generator().manual_seed(0))
+    seconds = []
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return network(x.bfloat16(), text, sigma.reshape(1), *places)
+        start = time.perf_counter()
+        v: Tensor = network(x.to(text.dtype), text, sigma.reshape(1), *places)
+        seconds.append(round(time.perf_counter() - start, 3))
+        return v
 
-    return euler(velocity, noise, sigmas(noise.shape[1], steps)).transpose(1, 2).unflatten(2, grid)
-
-
-def _decode(model: ModelFolder, latents: Tensor) -> Tensor:
-    config = AutoencoderConfig.from_dict(model.config("vae"))
-    with model.checkpoint("vae") as checkpoint:
-        decoder = baselines.plain(build_and_load(Autoencoder, config, checkpoint, dtype=torch.bfloat16))
-    return decoder.image_from_latents(latents)[0] / 2 + 0.5
+    latents = euler(velocity, noise, sigmas(noise.shape[1], steps))
+    return latents.transpose(1, 2).unflatten(2, grid), seconds
 
 
 @torch.inference_mode()
-def draw(model: ModelFolder, weights: Path, width: int, height: int, steps: int) -> tuple[Tensor, dict[str, float]]:
-    """Pixels [3, H, W] in [0, 1], and seconds of each stage, opening included."""
-    side = AutoencoderConfig.from_dict(model.config("vae")).token_side
-    times = [time.perf_counter()]
-    text = _encode(model, weights)
+def draw(model: ModelFolder, weights: Path, precision: str, width: int, height: int,
+         steps: int) -> tuple[Tensor, list[float]]:
+    """Pixels [3, H, W] in [0, 1], and the seconds of each step."""
+    dtype, length = baselines.DTYPES[precision], int(model.settings["text_length"])
+    vae = AutoencoderConfig.from_dict(model.config("vae"))
+    ids, mask = PromptTokenizer.from_folder(model.path("tokenizer"), length).encode([PROMPT])
+    text = _open(model, weights, "text_encoder", precision)(ids, mask).to(dtype)
     give_memory_back()
-    times.append(time.perf_counter())
-    latents = _denoise(model, weights, text, (height // side, width // side), steps)
+    grid = (height // vae.token_side, width // vae.token_side)
+    latents, seconds = _denoise(_open(model, weights, "transformer", precision), text, grid, steps)
     give_memory_back()
-    times.append(time.perf_counter())
-    pixels = _decode(model, latents)
-    times.append(time.perf_counter())
-    seconds = (round(end - start, 3) for start, end in pairwise(times))
-    return pixels, dict(zip(("encode", "denoise", "decode"), seconds, strict=True))
+    with model.checkpoint("vae") as checkpoint:
+        decoder = baselines.plain(build_and_load(Autoencoder, vae, checkpoint, dtype=dtype))
+    return decoder.image_from_latents(latents)[0] / 2 + 0.5, seconds
 
 
 def main() -> None:
-    model, weights, picture, width, height, steps, threads = sys.argv[1:]
+    precision, model, weights, picture, width, height, steps, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    pixels, seconds = draw(ModelFolder.open(model), Path(weights), int(width), int(height), int(steps))
+    pixels, seconds = draw(ModelFolder.open(model), Path(weights), precision, int(width), int(height), int(steps))
     to_image(pixels).save(picture)
-    print(json.dumps(seconds))
+    print(json.dumps({"steps": seconds}))
 
 
 if __name__ == "__main__":
