@@ -28,7 +28,7 @@ def sample_prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     while len(found) < count:
-        scene = _plain(sample_scene(rng, GENEVAL_TASKS[len(found) % len(GENEVAL_TASKS)], split))
+        scene = plain(sample_scene(rng, GENEVAL_TASKS[len(found) % len(GENEVAL_TASKS)], split))
         text = sample_captions(scene, rng, 1, split=split)[0]
         if normalize(text) not in seen:
             seen.add(normalize(text))
@@ -36,7 +36,7 @@ def sample_prompts(split: str, count: int, seed: int = 0) -> list[dict[str, Any]
     return found
 
 
-def _plain(scene: Scene) -> Scene:
+def plain(scene: Scene) -> Scene:
     """The scene without what GenEval's rules do not check: spots, sizes, styles and backgrounds."""
     groups = tuple(replace(group, size=None) for group in scene.groups)
     if scene.task == "counting":
