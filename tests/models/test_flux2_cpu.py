@@ -131,6 +131,19 @@ def test_pictures_of_a_batch_are_computed_one_by_one(tiny_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 600, 1100])
+def test_blocks_of_rows_give_the_same_bits(folder, rows):
+    model = transformer_of(folder)
+    given = inputs(model.config, text=40, side=34)  # 1196 tokens
+    whole = FusedTransformer(model)
+    wanted = whole(*given)
+    step = FusedTransformer(model, rows)
+    assert torch.equal(step(*given), wanted)
+    assert len(step._memory.block.qkv) == max(rows, 512)
+    assert len(whole._memory.block.qkv) == 1196
+
+
+@torch.no_grad()
 def test_prompts_are_not_mixed_up_between_steps(tiny_model):
     model = transformer_of(ModelFolder.open(tiny_model))
     step = FusedTransformer(model)

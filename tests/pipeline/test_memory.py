@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from tiny_dense import TINY
 
-from linocut.errors import UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.models.flux2 import Flux2Config
 from linocut.models.synthetic import write_synthetic
@@ -134,18 +133,3 @@ def test_kept_networks_count_in_later_phases(tiny_model: Path) -> None:
     kept, dropped = (memory.plan(folder, 64, 64, keep_loaded=keep) for keep in (True, False))
     assert kept.phases[2].held == kept.phases[0].weights + kept.phases[1].weights
     assert dropped.phases[2].held == 0
-
-
-def test_too_large_says_what_it_would_need(tiny_model: Path) -> None:
-    plan = memory.plan(ModelFolder.open(tiny_model), 8192, 8192)
-    with pytest.raises(UsageError, match=r"8192x8192 with tiny would need .* GB while .*ing, and 1\.0 GB are free"):
-        memory.refuse_if_too_large(plan, available=10**9)
-    memory.refuse_if_too_large(plan, available=10**13)
-    with pytest.raises(UsageError, match="out of reach"):
-        memory.refuse_if_too_large(memory.plan(ModelFolder.open(tiny_model), 10**6, 64), available=10**15)
-
-
-def test_the_phase_is_named_in_whole_words(tiny_model: Path) -> None:
-    plan = memory.plan(ModelFolder.open(tiny_model), 8192, 8192)
-    with pytest.raises(UsageError, match=r"while (encoding|denoising|decoding),"):
-        memory.refuse_if_too_large(plan, available=1)

@@ -62,6 +62,8 @@ class Size(click.ParamType):
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="CPU threads.")
+@click.option("--max-memory", metavar="SIZE", help="Most memory of the process, such as 2GB: draws in a smaller and "
+              "slower way if need be, or says what would fit.")
 @click.option("--no-prompt-cache", is_flag=True, help="Neither use nor keep what the text encoder makes of prompts.")
 @click.option("--from-image", metavar="PNG", help="Draw the picture in this PNG again, from the recipe inside it.")
 @click.option("--preview-dir", metavar="DIR", help="Also write the predicted clean picture after each step here.")
@@ -98,7 +100,7 @@ class Job:
 
     def run(self) -> None:
         from linocut.formats.folder import ModelFolder
-        from linocut.pipeline import memory
+        from linocut.pipeline import budget, memory
         from linocut.pipeline.request import make_request
 
         arguments = self._arguments_from_recipe() if self.options["from_image"] else self._arguments()
@@ -107,8 +109,10 @@ class Job:
         folder = ModelFolder.open(self.model)
         request = make_request(arguments.pop("prompt"), folder.settings, **arguments)
         outputs = self._outputs(request)
-        plan = memory.plan(folder, request.width, request.height, dtype=self.dtype)
-        memory.refuse_if_too_large(plan)
+        limit = self.options["max_memory"]
+        plan = budget.fit(memory.Planner(folder), request.width, request.height, dtype=self.dtype, tile=request.tile,
+                          limit=None if limit is None else budget.parse_bytes(limit), free=budget.available_bytes(),
+                          pictures=len(request.jobs), prompts=request.prompts)
         if self.recipe is not None and folder.hash() != self.recipe.model_hash:
             self._note(f"the picture was drawn with other weights of {self.recipe.model} (hash "
                        f"{self.recipe.model_hash}, now {folder.hash()}); expect another picture")
@@ -171,7 +175,7 @@ class Job:
         self.model, self.dtype = recipe.model if model is None else model, recipe.dtype
         return {"prompt": recipe.prompt, "width": recipe.width, "height": recipe.height, "seed": recipe.seed,
                 "num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance,
-                "schedule_tokens": recipe.schedule_tokens}
+                "schedule_tokens": recipe.schedule_tokens, "tile": recipe.tile}
 
     # ---- where to --------------------------------------------------------------------------------------------------
 
@@ -216,7 +220,7 @@ class Job:
             from linocut.pipeline.generate import Pipeline
 
             pipe = Pipeline(folder, dtype=self.dtype, threads=self.options["threads"],
-                            prompt_cache=not self.options["no_prompt_cache"])
+                            prompt_cache=not self.options["no_prompt_cache"], max_memory=self.options["max_memory"])
             written = []
             # The jobs are spelled out already (random seeds included), so they are handed on as they are.
             for picture in pipe.draw_request(request, callback_on_step_end=self._preview_writer(request, display),

@@ -1,10 +1,14 @@
 """`linocut plan`: predict size on disk and peak memory, from configs and file headers alone. Needs no torch."""
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from linocut.cli.generate import Size
+
+if TYPE_CHECKING:
+    from linocut.pipeline.memory import Ways
 
 PHASES = {"encode": "read the prompt", "denoise": "draw", "decode": "develop"}
 
@@ -14,19 +18,28 @@ PHASES = {"encode": "read the prompt", "denoise": "draw", "decode": "develop"}
 @click.option("--size", type=Size(), help="Size of the picture, such as 512x768. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
+@click.option("--max-memory", metavar="SIZE", help="Most memory of the process, such as 2GB; or an error.")
+@click.option("-n", "--num-images", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Pictures of one prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(model: str, size: tuple[int, int] | None, dtype: str, as_json: bool) -> None:
+def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: str | None, num_images: int,
+            as_json: bool) -> None:
     """Predict what drawing with MODEL takes: bytes on disk, and peak memory in each phase.
 
-    Nothing is loaded. Peaks are upper estimates of resident memory on a CPU, mapped weights included.
+    Nothing is loaded. Peaks are upper estimates of resident memory on a CPU, mapped weights included. With --max-memory
+    the plan is the quickest one within that, as 'linocut generate --max-memory' draws it.
     """
     from linocut.formats.folder import ModelFolder
-    from linocut.pipeline import memory
+    from linocut.pipeline import budget, memory
 
     folder = ModelFolder.open(model)
     width, height = folder.settings["default_size"] if size is None else size
-    plan = memory.plan(folder, width, height, dtype=dtype)
-    free = memory.available_bytes()
+    planner, free = memory.Planner(folder), budget.available_bytes()
+    if max_memory is None:
+        plan = planner.plan(width, height, dtype=dtype, pictures=num_images)
+    else:
+        plan = budget.fit(planner, width, height, limit=budget.parse_bytes(max_memory), dtype=dtype,
+                          pictures=num_images)
     if as_json:
         click.echo(json.dumps({**plan.to_dict(), "available": free}, indent=2))
         return
@@ -41,6 +54,16 @@ def command(model: str, size: tuple[int, int] | None, dtype: str, as_json: bool)
                    f"{show(phase.activations)}, scratch {show(phase.scratch)}, kept {show(phase.held)}, "
                    f"process {show(phase.base)}")
     click.echo(f"  {'highest':<16}{show(plan.peak):>10}" + (f"   ({show(free)} are free)" if free is not None else ""))
-    how = "stay loaded between pictures" if plan.keep_loaded else "are opened one after another"
-    click.echo(f"\nnetworks {how}; the picture is decoded "
-               + ("in one piece" if plan.tile is None else f"in strips of {plan.tile} rows"))
+    click.echo(f"\n{ways_in_words(plan.ways)}")
+
+
+def ways_in_words(ways: "Ways") -> str:
+    """How the networks run, in a sentence."""
+    parts = ["networks stay loaded between pictures" if ways.keep_loaded else "networks are opened one after another"]
+    if ways.stream:
+        parts.append("blocks of the transformer leave memory when they are done")
+    if ways.rows is not None:
+        parts.append(f"{ways.rows} tokens go through a block at a time")
+    parts.append("the picture is decoded in one piece" if ways.tile is None else
+                 f"the picture is decoded in strips of {ways.tile} rows")
+    return "; ".join(parts)

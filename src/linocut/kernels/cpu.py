@@ -56,6 +56,19 @@ class Activations:
         """Tokens start..stop as views; no copy."""
         return Activations(self.values[start:stop], self.scales[start:stop], self.sums[start:stop], self.n)
 
+    def narrowed(self, n: int) -> "Activations":
+        """Memory for as many tokens of fewer features, in the memory of these."""
+        m, padding = self.m, self.values.shape[1] - self.n
+        return Activations(self.values.flatten()[: m * (n + padding)].view(m, -1),
+                           self.scales.flatten()[: m * (n // GROUP_SIZE)].view(m, -1),
+                           self.sums.flatten()[: m * (n // SUM_SIZE)].view(m, -1), n)
+
+    def put(self, some: "Activations") -> None:
+        """Copy `some`, of as many tokens and fewer features, into the first columns."""
+        self.values[:, : some.n] = some.values[:, : some.n]
+        self.scales[:, : some.n // GROUP_SIZE] = some.scales
+        self.sums[:, : some.n // SUM_SIZE] = some.sums
+
     def dequantize(self) -> Tensor:
         """float32 [M, N]: what the products see."""
         groups = self.values[:, : self.n].float().reshape(self.m, -1, GROUP_SIZE)

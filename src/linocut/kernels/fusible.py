@@ -38,6 +38,19 @@ def why_not(head_width: int, dense: str | None, device: str = "cpu", asked: str 
     return None
 
 
+def attention_bytes() -> int:
+    """Bytes of a value of q, k and v as the attention reads them here: 2 where the CPU multiplies bfloat16, else 4."""
+    try:
+        module = importlib.import_module("linocut._native")
+    except ImportError:
+        return 4
+    asked = os.environ.get("LINOCUT_ATTENTION", "").strip()
+    for name, _, reason in module.attention_variants():
+        if not reason and asked in ("", name):
+            return 2 if module.attention_dtype(name) == "bfloat16" else 4
+    return 4
+
+
 def dense_in_blocks(checkpoint: Checkpoint) -> str | None:
     """The first matrix in a block of the network that a checkpoint holds dense; None if all are packed."""
     return next((name for name in checkpoint.names

@@ -3,14 +3,15 @@
 Products read packed weights and activations rounded to int8 (kernels/cpu.py); what lies between them is fused
 (kernels/fused.py). The residual stream is one float32 matrix of text rows and then image rows, so that joining the two
 costs nothing. All memory of a step is taken once and used again by every block and every step; the MLP, which would
-need the most, goes through in slices of its hidden units.
+need the most, goes through in slices of its hidden units. All but the attention treats each token on its own, so it may
+go through in blocks of `rows` tokens: the same bits in less memory.
 
 Shape letters as in flux2.py: T text tokens, I image tokens, S = T + I, D width, F MLP width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,20 +30,27 @@ from linocut.models.modulations import Modulations
 
 _PROMPTS = 2
 """Prompts whose embedded features are kept between steps: guidance alternates between two."""
+_EDGE_ROWS = 512
+"""Tokens that go through the layers before and after the blocks together. `rows` is never less, so that torch sees the
+same matrices whatever it is."""
 
 
-def runner(model: Flux2Transformer) -> Flux2Transformer | FusedTransformer:
-    """What computes the velocity best: the fused step where it can run (`fused.why_not`), else the model as it is."""
+def runner(model: Flux2Transformer, rows: int | None = None) -> Flux2Transformer | FusedTransformer:
+    """What computes the velocity best: the fused step where it can run (`fused.why_not`), else the model as it is.
+
+    `rows` is how many tokens the fused step takes at a time (default: all; at least 512).
+    """
     dense = dense_layer(model.transformer_blocks) or dense_layer(model.single_transformer_blocks)
     reason = fused.why_not(model.config.attention_head_dim, dense, model.x_embedder.weight.device.type)
-    return FusedTransformer(model) if reason is None else model
+    return FusedTransformer(model, rows) if reason is None else model
 
 
 class FusedTransformer:
     """A transformer ready to run natively; called like the transformer itself. Not for two threads at once."""
 
-    def __init__(self, model: Flux2Transformer) -> None:
+    def __init__(self, model: Flux2Transformer, rows: int | None = None) -> None:
         self.model, self.config = model, model.config
+        self._rows = None if rows is None else max(rows, _EDGE_ROWS)
         self._blocks: list[_Double | _Single] = [_Double.of(block) for block in model.transformer_blocks]
         self._blocks += [_Single.of(block) for block in model.single_transformer_blocks]
         self._memory: _Memory | None = None
@@ -59,21 +67,28 @@ class FusedTransformer:
         cos, sin = model.rope(latents, text, image_ids, text_ids)
         rope = (cos[:, 0].contiguous(), sin[:, 0].contiguous())
         mod = sigma if isinstance(sigma, Modulations) else model.modulations(sigma, latents.dtype)
-        context, embedded = self._context(text, latents.dtype), model.x_embedder(latents)
+        context = self._context(text, latents.dtype)
         memory = self._memory_for(text.shape[1], latents.shape[1])
         total, velocity = batch * len(self._blocks), []
         for i in range(batch):
             memory.text.x.copy_(context[i])
-            memory.image.x.copy_(embedded[i])
+            for some, rows in zip(latents[i].split(_EDGE_ROWS), memory.image.x.split(_EDGE_ROWS), strict=True):
+                rows.copy_(model.x_embedder(some))
             branches = (_branches(mod.text, i, eps), _branches(mod.image, i, eps), _branches(mod.single, i, eps)[0])
             for done, block in enumerate(self._blocks, start=i * len(self._blocks) + 1):
                 block.run(memory, branches, rope, eps)
                 if on_block is not None:
                     on_block(done, total)
             shift, scale = (vector[i, 0].float() for vector in mod.out)
-            fused.normalize(memory.image.x, Norm(True, eps, 1 + scale, shift), memory.image.y)
-            velocity.append(model.proj_out(memory.image.y.to(latents.dtype)))
+            last = Norm(True, eps, 1 + scale, shift)
+            velocity.append(torch.cat([self._out(rows, last, memory, latents.dtype)
+                                       for rows in memory.image.x.split(_EDGE_ROWS)]))
         return torch.stack(velocity)
+
+    def _out(self, x: Tensor, norm: Norm, memory: _Memory, dtype: torch.dtype) -> Tensor:
+        y = memory.block.y[: len(x)]
+        fused.normalize(x, norm, y)
+        return self.model.proj_out(y.to(dtype))
 
     def _context(self, text: Tensor, dtype: torch.dtype) -> Tensor:
         """The embedded features of `text`, which do not change from step to step."""
@@ -87,7 +102,7 @@ class FusedTransformer:
     def _memory_for(self, text: int, image: int) -> _Memory:
         if self._memory is None or self._memory.tokens != (text, image):
             self._memory = None  # let go of the old one first
-            self._memory = _Memory(self.model.config, text, image)
+            self._memory = _Memory(self.model.config, text, image, self._rows)
         return self._memory
 
 
@@ -95,44 +110,70 @@ class FusedTransformer:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The memory of some tokens; `first` is the place of their first one in the attention."""
+    """What is kept of some tokens throughout a block; `first` is the place of their first one in the attention."""
 
     first: int
     x: Tensor
     """float32 [M, D], the residual stream."""
-    y: Tensor
-    """float32 [M, D], what a branch adds to it."""
-    qkv: Tensor
-    """[M, 3D]"""
-    units: Tensor
-    """[M, 2 * slice]: gates and values of some of the MLP's hidden units."""
     normed: Activations
-    """[M, D]: what goes into a block; in a double-stream block also what comes out of the attention."""
-    hidden: Activations
-    """[M, F]: the MLP of a double-stream block."""
-    joined: Activations
-    """[M, D + F]: attention | MLP of a single-stream block."""
+    """[M, D]: what goes into a branch."""
+    attended: Activations
+    """[M, D]: what comes out of the attention."""
 
     def part(self, start: int, stop: int) -> _Rows:
-        """The memory of tokens start..stop of these."""
-        return _Rows(start, self.x[start:stop], self.y[start:stop], self.qkv[start:stop], self.units[start:stop],
-                     self.normed.rows(start, stop), self.hidden.rows(start, stop), self.joined.rows(start, stop))
+        """The tokens start..stop of these."""
+        return _Rows(self.first + start, self.x[start:stop], self.normed.rows(start, stop),
+                     self.attended.rows(start, stop))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What the tokens at work need in between."""
+
+    qkv: Tensor
+    """bfloat16 [R, 3D]"""
+    y: Tensor
+    """float32 [R, D], what a branch adds to x; in the memory of `qkv`, which is done by then."""
+    units: Tensor
+    """bfloat16 [R, 2 * slice]: gates and values of some of the MLP's hidden units."""
+    hidden: Activations
+    """[R, F]: the MLP of a double-stream block; in the memory of `joined`, which belongs to the other kind."""
+    joined: Activations
+    """[R, D + F]: attention | MLP of a single-stream block."""
+
+    @classmethod
+    def of(cls, rows: int, width: int, hidden: int) -> _Block:
+        qkv = torch.empty(rows, 3 * width, dtype=torch.bfloat16)
+        y = qkv.flatten()[: 2 * rows * width].view(torch.float32).view(rows, width)
+        units = torch.empty(rows, 2 * min(hidden, HIDDEN_SLICE), dtype=torch.bfloat16)
+        joined = Activations.empty(rows, width + hidden)
+        return cls(qkv, y, units, joined.narrowed(hidden), joined)
+
+    def part(self, count: int) -> _Block:
+        """The memory of fewer tokens."""
+        return _Block(self.qkv[:count], self.y[:count], self.units[:count], self.hidden.rows(0, count),
+                      self.joined.rows(0, count))
 
 
 class _Memory:
-    """The memory of a step of T text and I image tokens."""
+    """The memory of a step of T text and I image tokens, of which at most `rows` are at work at a time."""
 
-    def __init__(self, config: Flux2Config, text: int, image: int) -> None:
-        width, hidden, tokens, heads = config.width, config.mlp_width, text + image, config.num_attention_heads
+    def __init__(self, config: Flux2Config, text: int, image: int, rows: int | None) -> None:
+        width, tokens, heads = config.width, text + image, config.num_attention_heads
         self.tokens = (text, image)
-        self.all = _Rows(
-            0, torch.empty(tokens, width), torch.empty(tokens, width),
-            torch.empty(tokens, 3 * width, dtype=torch.bfloat16),
-            torch.empty(tokens, 2 * min(hidden, HIDDEN_SLICE), dtype=torch.bfloat16),
-            Activations.empty(tokens, width), Activations.empty(tokens, hidden),
-            Activations.empty(tokens, width + hidden))
+        self.most = min(rows or tokens, tokens)
+        self.all = _Rows(0, torch.empty(tokens, width), Activations.empty(tokens, width),
+                         Activations.empty(tokens, width))
         self.text, self.image = self.all.part(0, text), self.all.part(text, tokens)
+        self.block = _Block.of(self.most, width, config.mlp_width)
         self.heads = Heads.zeros(heads, heads, config.attention_head_dim, tokens)
+
+    def blocks(self, rows: _Rows) -> Iterator[tuple[_Rows, _Block]]:
+        """`rows` as many at a time as there is memory for."""
+        count = len(rows.x)
+        for start in range(0, count, self.most):
+            stop = min(start + self.most, count)
+            yield rows.part(start, stop), self.block.part(stop - start)
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
@@ -191,19 +232,21 @@ class _Double(NamedTuple):
 
     def run(self, memory: _Memory, branches: _Branches, rope: Rope, eps: float) -> None:
         streams = ((self.text, memory.text, branches[0]), (self.image, memory.image, branches[1]))
-        for stream, rows, (attention, _) in streams:
-            fused.normalize(rows.x, attention.norm, rows.normed)
-            projected = rows.qkv.chunk(3, dim=1)
-            for weight, out in zip(stream.qkv, projected, strict=True):
-                linear_quantized(rows.normed, weight, out)
-            fused.arrange(projected, memory.heads, norms=stream.norms, eps=eps, rope=rope, first=rows.first)
-        fused.attend(memory.heads, memory.all.normed)
-        for stream, rows, (attention, mlp) in streams:
-            linear_quantized(rows.normed, stream.out, rows.y)
-            fused.normalize(rows.x, mlp.norm, rows.normed, rows.y, attention.gate)
-            fused.gated_mlp(rows.normed, stream.gate, stream.value, rows.units, rows.hidden)
-            linear_quantized(rows.hidden, stream.mlp_out, rows.y)
-            fused.add(rows.x, rows.y, mlp.gate)
+        for stream, stream_rows, (attention, _) in streams:
+            for rows, block in memory.blocks(stream_rows):
+                fused.normalize(rows.x, attention.norm, rows.normed)
+                projected = block.qkv.chunk(3, dim=1)
+                for weight, out in zip(stream.qkv, projected, strict=True):
+                    linear_quantized(rows.normed, weight, out)
+                fused.arrange(projected, memory.heads, norms=stream.norms, eps=eps, rope=rope, first=rows.first)
+        fused.attend(memory.heads, memory.all.attended)
+        for stream, stream_rows, (attention, mlp) in streams:
+            for rows, block in memory.blocks(stream_rows):
+                linear_quantized(rows.attended, stream.out, block.y)
+                fused.normalize(rows.x, mlp.norm, rows.normed, block.y, attention.gate)
+                fused.gated_mlp(rows.normed, stream.gate, stream.value, block.units, block.hidden)
+                linear_quantized(block.hidden, stream.mlp_out, block.y)
+                fused.add(rows.x, block.y, mlp.gate)
 
 
 class _Single(NamedTuple):
@@ -223,11 +266,15 @@ class _Single(NamedTuple):
                    *_halves(into.rows(mlp, into.o)), packed_weight(attn.to_out))
 
     def run(self, memory: _Memory, branches: _Branches, rope: Rope, eps: float) -> None:
-        rows, (norm, gate) = memory.all, branches[2]
-        fused.normalize(rows.x, norm, rows.normed)
-        linear_quantized(rows.normed, self.qkv, rows.qkv)
-        fused.arrange(rows.qkv.chunk(3, dim=1), memory.heads, norms=self.norms, eps=eps, rope=rope)
-        fused.attend(memory.heads, rows.joined)
-        fused.gated_mlp(rows.normed, self.gate, self.value, rows.units, rows.joined, rows.x.shape[1])
-        linear_quantized(rows.joined, self.out, rows.y)
-        fused.add(rows.x, rows.y, gate)
+        norm, gate = branches[2]
+        for rows, block in memory.blocks(memory.all):
+            fused.normalize(rows.x, norm, rows.normed)
+            linear_quantized(rows.normed, self.qkv, block.qkv)
+            fused.arrange(block.qkv.chunk(3, dim=1), memory.heads, norms=self.norms, eps=eps, rope=rope,
+                          first=rows.first)
+        fused.attend(memory.heads, memory.all.attended)
+        for rows, block in memory.blocks(memory.all):
+            block.joined.put(rows.attended)
+            fused.gated_mlp(rows.normed, self.gate, self.value, block.units, block.joined, rows.x.shape[1])
+            linear_quantized(block.joined, self.out, block.y)
+            fused.add(rows.x, block.y, gate)

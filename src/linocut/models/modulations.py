@@ -10,7 +10,7 @@ Shape letters: B batch, D width, N and O in- and out-features of a layer, R nois
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,8 +108,11 @@ class TimestepNetwork(nn.Module):
 
 
 @torch.no_grad()
-def tabulate(network: TimestepNetwork, sigmas: Sequence[float] | Tensor) -> Tensor:
+def tabulate(network: TimestepNetwork, sigmas: Sequence[float] | Tensor,
+             after_layer: Callable[[], None] = lambda: None) -> Tensor:
     """The rows of `Modulations.from_rows` for noise levels in [0, 1]: float32 [R, 17, D].
+
+    `after_layer` runs when a layer's weights are not needed any more.
 
     Always float32, from weights in their stored precision, whatever dtype and kernel the network runs with. Each level
     is computed on its own, so a row is the same bits in any company and with any number of threads.
@@ -122,7 +125,10 @@ def tabulate(network: TimestepNetwork, sigmas: Sequence[float] | Tensor) -> Tens
     activated = [F.silu(x) for x in embedded]
     layers: list[nn.Module] = [network.double_stream_modulation_img.linear, network.double_stream_modulation_txt.linear,
                                network.single_stream_modulation.linear, network.norm_out["linear"]]
-    parts = [_products(layer, activated).unflatten(1, (-1, network.config.width)) for layer in layers]
+    parts = []
+    for layer in layers:
+        parts.append(_products(layer, activated).unflatten(1, (-1, network.config.width)))
+        after_layer()
     parts[-1] = parts[-1].flip(1)  # the last norm's weight holds scale before shift
     rows = torch.cat(parts, dim=1)
     assert rows.shape[1] == VECTORS

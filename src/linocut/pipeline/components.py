@@ -10,6 +10,7 @@ small enough as a whole to stay (`memory.should_keep`); then a second picture st
 import contextlib
 import ctypes
 import gc
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +26,11 @@ from linocut.models.flux2 import Flux2Blocks
 from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 from linocut.pipeline.decoding import decoder_dtype
-from linocut.pipeline.memory import layer_index
+from linocut.pipeline.footprint import part_of, parts_in_order
+from linocut.pipeline.memory import Ways
 from linocut.pipeline.schedule import Schedule
+
+_ONCE = re.compile(r"(^|\.)(context_embedder|txt_in|embed_tokens)\.")
 
 
 class Components:
@@ -35,10 +39,24 @@ class Components:
     def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
         self.folder, self.dtype, self.device, self.keep = folder, dtype, device, keep
         self._kept: dict[str, Any] = {}
-        self._text_weights: Checkpoint | None = None
+        self._stream = False
+        self._streamed: tuple[Checkpoint, list[list[str]]] | None = None
         self._modulations: tuple[Schedule, list[Modulations]] | None = None
         if not keep:
             avoid_fragments()
+
+    def follow(self, ways: Ways) -> None:
+        """Keep networks and stream their blocks as a plan says, from now on."""
+        if self._kept and not ways.keep_loaded:
+            self.drop()
+        if self.keep and not ways.keep_loaded:
+            avoid_fragments()
+        self.keep, self._stream = ways.keep_loaded, ways.stream
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the networks in memory."""
+        return list(self._kept)
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Any]:
@@ -56,18 +74,19 @@ class Components:
         finally:
             del model
             if not self.keep:
-                self._text_weights = None
+                self._streamed = None
                 give_memory_back()
 
-    def release_layer(self, index: int) -> None:
-        """Let a layer of the text encoder leave memory, unless networks are kept; it comes back if it runs again.
+    def release_part(self, done: int) -> None:
+        """Let part number `done`, from 1, of the network in use leave memory; it comes back if it runs again.
 
-        The encoder reads its weights where they are mapped, one layer after another, so it needs the memory of one.
+        Parts are the layers of the text encoder, unless networks are kept, and blocks of the transformer where the plan
+        says so. Both read their weights where they are mapped, one part after another, so they need the memory of one.
         """
-        if self._text_weights is not None and not self.keep:
-            for name in self._text_weights:
-                if layer_index(name) == index:
-                    self._text_weights.release(name)
+        if self._streamed is not None:
+            checkpoint, parts = self._streamed
+            for name in parts[(done - 1) % len(parts)]:
+                checkpoint.release(name)
 
     def modulations(self, schedule: Schedule) -> list[Modulations]:
         """What the transformer needs to know of each noise level. Those of the last schedule stay: they are small."""
@@ -89,14 +108,15 @@ class Components:
         assert weights is not None  # else there would be no such schedule
         with weights:
             network = build_and_load(TimestepNetwork, config, weights)
-        return tabulate(network.to(self.device), schedule.sigmas[:-1])
+            return tabulate(network.to(self.device), schedule.sigmas[:-1], lambda: _release_all_but_parts(weights))
 
     def vae_for_previews(self) -> Autoencoder:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
         if "vae" in self._kept:
             kept: Autoencoder = self._kept["vae"]
             return kept
-        decoder = self._open_decoder()
+        with self.folder.checkpoint("vae") as checkpoint:
+            decoder = self._load_decoder(checkpoint)
         # Without a stored preview map one is fitted by running the decoder, which then has to be able to compute.
         stored = AutoencoderConfig.from_dict(self.folder.config("vae")).preview
         return decoder if stored else decoder.made_ready(self._decoder_dtype())
@@ -112,20 +132,23 @@ class Components:
             return PromptTokenizer.from_folder(self.folder.path("tokenizer"), self.folder.settings["text_length"])
         config, dtype = self.folder.config(name), self.dtype
         if name == "vae":
-            return self._open_decoder().made_ready(self._decoder_dtype()).to(self.device)
+            with self.folder.checkpoint("vae") as checkpoint:
+                decoder = self._load_decoder(checkpoint).made_ready(self._decoder_dtype()).to(self.device)
+                _release_all_but_parts(checkpoint)  # what was converted is in memory twice until now
+            return decoder
         model: nn.Module
         with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
             if name == "transformer":
                 model = build_and_load(Flux2Blocks, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
+                self._streamed = _parts(checkpoint) if self._stream and self.device.type == "cpu" else None
             else:
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))
-                self._text_weights = checkpoint if self.device.type == "cpu" else None
+                self._streamed = _parts(checkpoint) if not self.keep and self.device.type == "cpu" else None
         return model if self.device.type == "cpu" else model.to(self.device)
 
-    def _open_decoder(self) -> "PictureDecoder":
-        with self.folder.checkpoint("vae") as checkpoint:
-            return build_and_load(PictureDecoder, AutoencoderConfig.from_dict(self.folder.config("vae")), checkpoint)
+    def _load_decoder(self, checkpoint: Checkpoint) -> "PictureDecoder":
+        return build_and_load(PictureDecoder, AutoencoderConfig.from_dict(self.folder.config("vae")), checkpoint)
 
     def _decoder_dtype(self) -> torch.dtype:
         """On a CPU the decoder's own, whatever the transformer runs in; elsewhere the transformer's."""
@@ -150,6 +173,23 @@ class PictureDecoder(Autoencoder):
     def rename_key(self, name: str) -> str | None:
         """The name of a checkpoint's tensor in this network, or None for the encoder's."""
         return None if name.startswith(("encoder.", "quant_conv.")) else name
+
+
+def _parts(checkpoint: Checkpoint) -> tuple[Checkpoint, list[list[str]]] | None:
+    """The blocks or layers of a network in their order, as `Components.release_part` takes them.
+
+    What embeds the prompt is needed once, before the first of them, and goes with it.
+    """
+    parts = parts_in_order(checkpoint)
+    if parts:
+        parts[0] += [name for name in checkpoint if _ONCE.search(name)]
+    return (checkpoint, parts) if parts else None
+
+
+def _release_all_but_parts(checkpoint: Checkpoint) -> None:
+    for name in checkpoint:
+        if part_of(name) is None:
+            checkpoint.release(name)
 
 
 def give_memory_back() -> None:

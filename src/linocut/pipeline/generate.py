@@ -21,7 +21,7 @@ from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import dispatch, fused, fusible
 from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
-from linocut.pipeline import embeddings, memory
+from linocut.pipeline import budget, embeddings, memory
 from linocut.pipeline.components import Components
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Request, make_request
@@ -64,15 +64,16 @@ class Pipeline:
 
     def __init__(self, folder: ModelFolder, *, dtype: str | torch.dtype = "float32", threads: int | None = None,
                  device: str | torch.device = "cpu", keep_loaded: bool | None = None,
-                 prompt_cache: bool = True) -> None:
+                 prompt_cache: bool = True, max_memory: str | int | None = None) -> None:
         self.folder = folder
         self.dtype = _dtype(dtype)
         self.device = torch.device(device)
         _check_model(folder)
         _use_threads(threads)
-        if keep_loaded is None:
-            keep_loaded = memory.should_keep(memory.weight_bytes(folder))
-        self.components = Components(folder, self.dtype, self.device, keep_loaded)
+        self.max_memory = None if max_memory is None else budget.parse_bytes(max_memory)
+        self._planner, self._keep = memory.Planner(folder), keep_loaded
+        keep = memory.should_keep(self._planner.disk) if keep_loaded is None else keep_loaded
+        self.components = Components(folder, self.dtype, self.device, keep)
         self.timings: dict[str, dict[str, Any]] = {}
         self._hash: str | None = None
         self._cache_place = embeddings.place() if prompt_cache else None
@@ -82,7 +83,7 @@ class Pipeline:
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "embedded", *,
                         dtype: str | torch.dtype = "float32", threads: int | None = None,
                         device: str | torch.device = "cpu", keep_loaded: bool | None = None,
-                        prompt_cache: bool = True) -> "Pipeline":
+                        prompt_cache: bool = True, max_memory: str | int | None = None) -> "Pipeline":
         """Open a model: "embedded", "embedded-binary", a folder, or a Hugging Face id.
 
         Args:
@@ -91,11 +92,13 @@ class Pipeline:
             device: where to compute; the command line uses "cpu".
             keep_loaded: keep networks in memory between pictures; default: if the model is under 256 MB.
             prompt_cache: keep what the text encoder makes of each prompt on disk (`linocut.pipeline.embeddings`).
+            max_memory: most memory of this process on a CPU, as "2GB" or in bytes. Pictures are drawn in the quickest
+                way that stays within it (`linocut.pipeline.budget`), or refused.
         Opening reads configs and headers only; weights enter memory as they are used.
         Raises ModelNotFoundError, FormatError or UsageError.
         """
         return cls(ModelFolder.open(name_or_path), dtype=dtype, threads=threads, device=device,
-                   keep_loaded=keep_loaded, prompt_cache=prompt_cache)
+                   keep_loaded=keep_loaded, prompt_cache=prompt_cache, max_memory=max_memory)
 
     def __call__(self, prompt: str | Sequence[str], *, width: int | None = None, height: int | None = None,
                  num_inference_steps: int | None = None, seed: int | Sequence[int] | None = None,
@@ -144,20 +147,36 @@ class Pipeline:
                      callback_on_step_end: StepCallback | None = None, cancel: Cancel | None = None,
                      on_progress: Callable[[Progress], None] | None = None) -> Iterator[Picture]:
         """As `draw`, for a request that `make_request` has checked and spelled out already."""
-        plan = self.plan(request.width, request.height, base=memory.resident_bytes())
-        if self.device.type == "cpu":
-            memory.refuse_if_too_large(plan, already=memory.resident_bytes())
-        run = Run(self, request, plan.tile, generators, callback_on_step_end, cancel, on_progress)
+        free = budget.available_bytes() if self.device.type == "cpu" else None
+        plan = self._plan(request.width, request.height, pictures=len(request.jobs), prompts=request.prompts,
+                          tile=request.tile, base=self._base(),
+                          free=None if free is None else free + memory.resident_bytes())
+        self.components.follow(plan.ways)
+        run = Run(self, request, plan.ways, generators, callback_on_step_end, cancel, on_progress)
         self.timings = {}
         return run.pictures()
 
-    def plan(self, width: int | None = None, height: int | None = None, *,
-             base: int = memory.BASE_BYTES) -> memory.Plan:
-        """Predict memory per phase for a picture of this size; see `linocut.pipeline.memory`."""
+    def plan(self, width: int | None = None, height: int | None = None, *, pictures: int = 1, prompts: int = 1,
+             base: int | None = None) -> memory.Plan:
+        """Predict memory per phase for pictures of this size, drawn within `max_memory`; see `linocut.pipeline.memory`.
+
+        `base` are resident bytes of the process besides the networks; default: what it has. Raises UsageError if such
+        a picture cannot be drawn within `max_memory`.
+        """
         default_width, default_height = self.folder.settings["default_size"]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return memory.plan(self.folder, width or default_width, height or default_height, dtype=dtype,
-                           keep_loaded=self.components.keep, base=base)
+        return self._plan(width or default_width, height or default_height, pictures=pictures, prompts=prompts,
+                          base=self._base() if base is None else base)
+
+    def _plan(self, width: int, height: int, *, free: int | None = None, tile: int | None = None,
+              **options: int) -> memory.Plan:
+        limit = self.max_memory if self.device.type == "cpu" else None
+        return budget.fit(self._planner, width, height, limit=limit, free=free, keep_loaded=self._keep, tile=tile,
+                          dtype=str(self.dtype).removeprefix("torch."), **options)
+
+    def _base(self) -> int:
+        """Resident bytes without networks that are kept, which a plan counts itself."""
+        kept = sum(self._planner.disk.get(name, 0) for name in self.components.kept)
+        return max(memory.BASE_BYTES, memory.resident_bytes() - kept)
 
     @property
     def model_hash(self) -> str:

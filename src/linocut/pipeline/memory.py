@@ -4,7 +4,7 @@ Nothing is loaded and torch is not imported, so a plan costs milliseconds. A pha
 
     base          what the process holds anyway: interpreter, torch, libraries
   + weights       file bytes that the phase touches through the memory map, plus copies in another dtype
-  + activations   the largest set of tensors alive at one moment, by closed forms
+  + activations   the largest set of tensors alive at one moment, by closed forms (`linocut.pipeline.footprint`)
   + scratch       decoded rows of one packed layer at a time
 
 Peaks are of resident memory as `measure.Meter` measures it. The closed forms are upper estimates: a plan must not be
@@ -14,17 +14,16 @@ evict them; so a machine with a little less than the plan still works, slower.
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from linocut.errors import UsageError
-from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
 from linocut.formats.names import is_timestep
 from linocut.kernels import fusible
-from linocut.kernels.fusible import HIDDEN_SLICE
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
+from linocut.pipeline import footprint
 from linocut.pipeline.decoding import decoder_dtype
 
 MB = 10**6
@@ -40,11 +39,28 @@ TILE_ABOVE_BYTES = 2000 * MB
 """The decoder works in tiles if its activations would pass this. A constant, since tiling may move last bits."""
 TILE_ROWS = 64
 """Height of the strips that the decoder then works in, in pixels."""
+PICTURES_AT_ONCE = 16
+"""Pictures that go through a phase together when components are dropped in between."""
 SIZE_MULTIPLE = 32
 LARGEST_SIDE = 16384
 LARGEST_PNG_SIDE = 2**31 - 1
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_PAGE_CLUSTER = 64 * 1024  # a page fault in a mapped file brings in its neighbours
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a picture is drawn, from the quickest way to the smallest. All but `tile` give the same bits."""
+
+    keep_loaded: bool
+    """Networks stay in memory between phases and pictures."""
+    tile: int | None
+    """Height in pixels of the strips that the decoder works in; None for one piece."""
+    stream: bool = False
+    """Each block of the transformer leaves memory when it is done, and comes back in the next step."""
+    rows: int | None = None
+    """Tokens that go through a block's products at a time; None for all."""
+    at_once: int = PICTURES_AT_ONCE
+    """Pictures that go through a phase together, unless networks are kept."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +81,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What drawing one picture takes. Sizes in bytes; `tile` in pixels or None."""
+    """What drawing one picture takes, in bytes, and the ways it is drawn in."""
 
     model: str
     width: int
     height: int
     dtype: str
     disk: dict[str, int]
-    keep_loaded: bool
-    tile: int | None
+    ways: Ways
     phases: tuple[Phase, ...]
 
     @property
@@ -87,9 +102,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         phases = {p.name: {"peak": p.peak, "base": p.base, "held": p.held, "weights": p.weights,
                            "activations": p.activations, "scratch": p.scratch} for p in self.phases}
+        ways = self.ways
         return {"model": self.model, "width": self.width, "height": self.height, "dtype": self.dtype,
                 "disk": {**self.disk, "total": sum(self.disk.values())}, "peak": self.peak,
-                "peak_phase": self.peak_phase, "keep_loaded": self.keep_loaded, "tile": self.tile, "phases": phases}
+                "peak_phase": self.peak_phase, "keep_loaded": ways.keep_loaded, "tile": ways.tile,
+                "stream": ways.stream, "rows": ways.rows, "at_once": ways.at_once, "phases": phases}
 
 
 def check_size(width: int, height: int) -> None:
@@ -108,69 +125,107 @@ def check_size(width: int, height: int) -> None:
             raise UsageError(f"{name} must be a multiple of {SIZE_MULTIPLE} (found {value}); use {near}")
 
 
-def plan(folder: ModelFolder, width: int, height: int, *, dtype: str = "float32", pictures: int = 1,
-         keep_loaded: bool | None = None, base: int = BASE_BYTES) -> Plan:
-    """Predict what drawing takes on a CPU: file sizes, and the peak of resident memory per phase.
+class Planner:
+    """Plans pictures of one model; its configs and the headers of its weight files are read once."""
 
-    Args:
-        folder: the model; only its configs and the headers of its weight files are read.
-        pictures: pictures whose latents wait for the decoder together.
-        keep_loaded: whether components stay loaded between phases; None decides by the model's size.
-        base: resident bytes of the process before anything is loaded.
-    Raises UsageError for an impossible size or dtype, FormatError for a broken model.
-    """
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder = folder
+        self.settings = folder.settings
+        self.text = Qwen3Config.from_dict(folder.config("text_encoder"))
+        self.transformer = Flux2Config.from_dict(folder.config("transformer"))
+        self.vae = AutoencoderConfig.from_dict(folder.config("vae"))
+        tokenizer = folder.path("tokenizer")
+        self.disk = {**weight_bytes(folder),
+                     "tokenizer": sum(file.stat().st_size for file in tokenizer.glob("*") if file.is_file())}
+        self.text_length = int(self.settings["text_length"])
+        self._read_text_encoder()
+        self._read_transformer()
+        self._read_vae()
+
+    def _read_text_encoder(self) -> None:
+        with self.folder.checkpoint("text_encoder") as checkpoint:
+            parts = footprint.parts_in_order(checkpoint)[: max(self.settings["text_taps"])]
+            others = [name for name in checkpoint if footprint.part_of(name) is None and not name.startswith("lm_head")]
+            touched = [*others, *(name for part in parts for name in part)]
+            self._text_weights = footprint.touched_bytes(checkpoint, touched, self.text_length)
+            self._text_streamed = self._text_weights - footprint.streamed_bytes(checkpoint, parts)
+            self._fused_text = fusible.why_not(self.text.head_dim, fusible.dense_in_blocks(checkpoint)) is None
+
+    def _read_transformer(self) -> None:
+        with self.folder.checkpoint("transformer") as checkpoint:
+            names = [name for name in checkpoint if not is_timestep(name)]
+            self._weights = footprint.touched_bytes(checkpoint, names, 0)
+            self._streamed = self._weights - footprint.streamed_bytes(checkpoint, footprint.parts_in_order(checkpoint))
+            dense = fusible.dense_in_blocks(checkpoint)
+        self._fused = fusible.why_not(self.transformer.attention_head_dim, dense) is None
+        self._timestep = 0
+        weights = self.folder.timestep_weights()
+        if weights is not None:  # what sees the noise level alone is gone before the rest comes, layer by layer
+            with weights:
+                sizes = [weights.info(name).nbytes for name in weights if is_timestep(name)]
+            self._timestep = max(sizes, default=0)
+
+    def _read_vae(self) -> None:
+        with self.folder.checkpoint("vae") as checkpoint:
+            names = [name for name in checkpoint if not name.startswith(("encoder.", "quant_conv."))]
+            self._vae_mapped = footprint.touched_bytes(checkpoint, names, 0)
+            self._vae_values = sum(checkpoint.info(name).count for name in names)
+
+    def default_ways(self, width: int, height: int) -> Ways:
+        """How a picture is drawn if memory is no concern."""
+        return Ways(should_keep(self.disk), tile_for(self.vae, width, height))
+
+    def plan(self, width: int, height: int, *, dtype: str = "float32", pictures: int = 1, prompts: int = 1,
+             ways: Ways | None = None, base: int = BASE_BYTES) -> Plan:
+        """Predict what drawing takes on a CPU: file sizes, and the peak of resident memory per phase.
+
+        Args:
+            pictures: pictures of the request; some of them wait for the decoder together.
+            prompts: different texts among these.
+            ways: how to draw; default `default_ways`.
+            base: resident bytes of the process before anything is loaded.
+        Raises UsageError for an impossible size or dtype.
+        """
+        check_size(width, height)
+        if dtype not in DTYPE_BYTES:
+            raise UsageError(f"dtype must be one of {', '.join(DTYPE_BYTES)} (found {dtype!r})")
+        ways = self.default_ways(width, height) if ways is None else ways
+        text, vae, size, length = self.text, self.vae, DTYPE_BYTES[dtype], self.text_length
+        together = 1 if ways.keep_loaded else min(pictures, ways.at_once)
+        image = (width // vae.token_side) * (height // vae.token_side)
+        features = length * len(self.settings["text_taps"]) * text.hidden_size * size
+        known, latents = features * min(prompts, together), image * self.transformer.in_channels * 4
+
+        layer = (footprint.fused_layer_bytes if self._fused_text else footprint.layer_bytes)(text, length, size)
+        reading = self._text_weights if ways.keep_loaded else self._text_streamed
+        encode = Phase("encode", reading, max(layer + known + features, self._tokenizer() - reading), SCRATCH_BYTES,
+                       base=base)
+
+        block = footprint.fused_block_bytes(self.transformer, length, image, ways.rows, fusible.attention_bytes()) \
+            if self._fused else footprint.block_bytes(self.transformer, length, image, size)
+        weights = self._streamed if ways.stream else self._weights
+        denoise = Phase("denoise", weights, max(block + (6 + together) * latents, self._timestep - weights) + known,
+                        SCRATCH_BYTES, self._text_weights if ways.keep_loaded else 0, base)
+
+        value = DTYPE_BYTES[decoder_dtype()[0]]
+        work = footprint.decode_bytes(vae, width, height, ways.tile, value)
+        copies = self._vae_values * value  # the stored weights are in memory only until they are converted
+        decode = Phase("decode", copies, max(work, self._vae_mapped) + known + together * latents + 4 * width * height,
+                       CONVOLUTION_BYTES, self._text_weights + weights if ways.keep_loaded else 0, base)
+        return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
+
+    def _tokenizer(self) -> int:
+        return footprint.tokenizer_bytes(self.disk["tokenizer"])
+
+
+def plan(folder: ModelFolder, width: int, height: int, *, keep_loaded: bool | None = None, **options: Any) -> Plan:
+    """`Planner.plan` of a model, with networks kept or dropped if `keep_loaded` says so."""
+    planner = Planner(folder)
     check_size(width, height)
-    if dtype not in DTYPE_BYTES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPE_BYTES)} (found {dtype!r})")
-    settings = folder.settings
-    text = Qwen3Config.from_dict(folder.config("text_encoder"))
-    transformer = Flux2Config.from_dict(folder.config("transformer"))
-    vae = AutoencoderConfig.from_dict(folder.config("vae"))
-    disk = weight_bytes(folder)
-    tokenizer = folder.path("tokenizer")
-    disk["tokenizer"] = sum(file.stat().st_size for file in tokenizer.glob("*") if file.is_file())
-    keep = should_keep(disk) if keep_loaded is None else keep_loaded
-
-    size = DTYPE_BYTES[dtype]
-    text_length = int(settings["text_length"])
-    image_tokens = (width // vae.token_side) * (height // vae.token_side)
-    features = text_length * len(settings["text_taps"]) * text.hidden_size * size
-    latents = image_tokens * transformer.in_channels * 4
-    tile = tile_for(vae, width, height)
-    decoder_size = DTYPE_BYTES[decoder_dtype()[0]]
-    decode_work = _decode_bytes(vae, width, height, tile, decoder_size)
-
-    weights = {}
-    for name in ("text_encoder", "transformer", "vae"):
-        with folder.checkpoint(name) as checkpoint:
-            layers = max(settings["text_taps"]) if name == "text_encoder" else None
-            weights[name] = _touched_bytes(checkpoint, layers, text_length, decoder_size if name == "vae" else 0)
-            if layers is not None and not keep:  # a layer leaves memory when it is done
-                each = [0] * layers
-                for tensor in checkpoint:
-                    if 0 <= layer_index(tensor) < layers:
-                        each[layer_index(tensor)] += checkpoint.info(tensor).nbytes
-                weights[name] -= max(0, sum(each) - 2 * max(each))  # twice, as pages come and go in clusters
-            if name == "transformer":  # what sees the noise level alone is gone before the rest comes
-                timestep = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint if is_timestep(tensor))
-                weights[name] = max(timestep or disk.get("timestep_weights", 0), weights[name] - timestep)
-            if name == "text_encoder":
-                whole = fusible.why_not(text.head_dim, fusible.dense_in_blocks(checkpoint)) is None
-                encode_work = features + (_fused_layer_bytes if whole else _layer_bytes)(text, text_length, size)
-            elif name == "transformer":
-                whole = fusible.why_not(transformer.attention_head_dim, fusible.dense_in_blocks(checkpoint)) is None
-                work = _fused_block_bytes if whole else _block_bytes
-                denoise_work = 6 * latents + work(transformer, text_length, image_tokens, size)
-    held = weights if keep else dict.fromkeys(weights, 0)
-    waiting = pictures * latents
-    phases = (
-        Phase("encode", weights["text_encoder"], encode_work + features, SCRATCH_BYTES, base=base),
-        Phase("denoise", weights["transformer"], denoise_work + features + waiting, SCRATCH_BYTES,
-              held["text_encoder"], base),
-        Phase("decode", weights["vae"], decode_work + waiting + 4 * width * height, CONVOLUTION_BYTES,
-              held["text_encoder"] + held["transformer"], base),
-    )
-    return Plan(folder.name, width, height, dtype, disk, keep, tile, phases)
+    ways = planner.default_ways(width, height)
+    if keep_loaded is not None:
+        ways = replace(ways, keep_loaded=keep_loaded)
+    return planner.plan(width, height, ways=ways, **options)
 
 
 def should_keep(disk: dict[str, int]) -> bool:
@@ -192,39 +247,7 @@ def tile_for(vae: AutoencoderConfig, width: int, height: int) -> int | None:
 
     Depends on the model and the size alone, not on the machine nor on its decoder's dtype: a recipe says it once.
     """
-    return TILE_ROWS if _decode_bytes(vae, width, height, None, 4) > TILE_ABOVE_BYTES else None
-
-
-def available_bytes() -> int | None:
-    """Memory that this process may still take: what the system calls available, within the container's limit."""
-    candidates = []
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                candidates.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        candidates.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    if not candidates:
-        with contextlib.suppress(ImportError):
-            import psutil
-            candidates.append(int(psutil.virtual_memory().available))
-    return max(0, min(candidates)) if candidates else None
-
-
-def refuse_if_too_large(plan: Plan, *, already: int = 0, available: int | None = None) -> None:
-    """Raise UsageError if the plan needs more memory than there is; the message says how much and what to do.
-
-    `already` are the bytes that this process holds now; `available` is what else there is (default: ask the system).
-    """
-    free = available_bytes() if available is None else available
-    free = None if free is None else free + already
-    if max(plan.width, plan.height) > LARGEST_SIDE:
-        raise UsageError(f"{plan.width}x{plan.height} is out of reach: it would need {gigabytes(plan.peak)} while "
-                         f"{plan.peak_phase[:-1]}ing, and sides end at {LARGEST_SIDE}; choose a smaller --size")
-    if free is not None and plan.peak > free:
-        raise UsageError(f"{plan.width}x{plan.height} with {plan.model} would need {gigabytes(plan.peak)} "
-                         f"while {plan.peak_phase[:-1]}ing, and {gigabytes(free)} are free; choose a smaller --size")
+    return TILE_ROWS if footprint.decode_bytes(vae, width, height, None, 4) > TILE_ABOVE_BYTES else None
 
 
 def gigabytes(count: int) -> str:
@@ -232,98 +255,6 @@ def gigabytes(count: int) -> str:
     if count < 10**9:
         return f"{count / MB:.0f} MB" if count >= 10 * MB else f"{count / MB:.1f} MB"
     return f"{count / 10**9:,.1f} GB"
-
-
-# ---- closed forms -------------------------------------------------------------------------------------------------
-
-def _layer_bytes(config: Qwen3Config, tokens: int, size: int) -> int:
-    """Return the work of one layer of the text encoder."""
-    width, mlp = config.hidden_size, config.intermediate_size
-    heads, kv, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    # Residual, normed, taps kept and their concatenation; q, k, v with rotated float32 copies; scores; the MLP.
-    layer = tokens * (4 * width + 3 * heads * head + 4 * kv * head + 4 * mlp) + 2 * heads * tokens * tokens
-    return layer * max(size, 4)
-
-
-def _fused_layer_bytes(config: Qwen3Config, tokens: int, size: int) -> int:
-    """The same where layers run fused: buffers for all of them (models/text_encoder_cpu.py), and taps as above."""
-    width, mlp = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    floats = 3 * width + 3 * (queries + 2 * keys) + 2 * min(mlp, HIDDEN_SLICE)
-    return tokens * (4 * floats + _quantized_bytes(width + queries + mlp) + 2 * width * size)
-
-
-def _block_bytes(config: Flux2Config, text: int, image: int, size: int) -> int:
-    """Return the work of the largest block of the transformer."""
-    width, mlp = config.width, config.mlp_width
-    tokens = text + image
-    # A single-stream block holds the residual, its modulated copy, the fused projection (3D + 2M), attention's
-    # output (D), the gated MLP (2M) and their concatenation; rotated float32 copies of q and k live before that.
-    return tokens * max((8 * width + 4 * mlp) * size, (7 * width + 2 * mlp) * size + 5 * width * 4)
-
-
-def _fused_block_bytes(config: Flux2Config, text: int, image: int, size: int) -> int:
-    """The same where blocks run fused: buffers for all of them (models/flux2_cpu.py)."""
-    width, mlp = config.width, config.mlp_width
-    # float32: the residual and what is added to it, embedded tokens; q, k and v for attention (at most float32).
-    # bfloat16: q, k and v as projected; a slice of the MLP. int8: what goes into the products.
-    floats, halves = 3 * width + 3 * width, 3 * width + 2 * min(mlp, HIDDEN_SLICE)
-    return (text + image) * (4 * floats + 2 * halves + _quantized_bytes(2 * width + 2 * mlp))
-
-
-def _quantized_bytes(values: int) -> int:
-    """Return the bytes of activations in int8, with a scale per 128, a sum per 64 and some padding."""
-    return values + values // 128 * 4 + values // 64 * 4 + 3 * 64
-
-
-def _decode_bytes(config: AutoencoderConfig, width: int, height: int, tile: int | None, size: int) -> int:
-    """Return the work of the decoder: its widest layers at full resolution."""
-    channels = config.decoder_widths
-    narrow, wide = channels[0], channels[min(1, len(channels) - 1)]
-    area = width * height
-    if tile is None:
-        # The first residual block of the last stage: its input, the input normalised, and the convolution at work.
-        work = area * (3 * wide + narrow)
-    else:
-        # Two whole maps of a residual block and its input at half the resolution; all else is as tall as a strip.
-        held = [area * (wide / 4 + 2 * narrow)]
-        for stage in range(1, len(channels)):
-            inner = channels[min(stage + 1, len(channels) - 1)]
-            held.append((area >> (2 * stage)) * (inner + 2 * channels[stage]))
-        work = int(max(held)) + 5 * wide * min(tile + 2, height) * width
-    # The attention at the lowest resolution holds a few maps of the widest stage; its scores are never written out.
-    attention = (area >> (2 * (len(channels) - 1))) * channels[-1] * 8
-    return max(work, attention) * size + 2 * area * 3 * 4
-
-
-def _touched_bytes(checkpoint: Checkpoint, layers: int | None, tokens: int, decoder_size: int) -> int:
-    """Bytes of a checkpoint that become resident: mapped pages that are read, and the decoder's copies.
-
-    `layers` is how many layers of the text encoder are used, None for other networks; `decoder_size` is the bytes of
-    a weight as the decoder computes with it, 0 for other networks.
-    """
-    total = 0
-    for name in checkpoint.names:
-        info = checkpoint.info(name)
-        if (layers is not None and layer_index(name) >= layers) or name.startswith("lm_head."):
-            continue
-        if decoder_size and name.startswith(("encoder.", "quant_conv.")):
-            continue
-        if "embed_tokens." in name:  # only the rows that are looked up
-            total += min(info.nbytes, tokens * _PAGE_CLUSTER)
-            continue
-        # The transformer and the text encoder read dense weights as they are stored; the decoder's are laid out anew.
-        total += info.nbytes + info.count * decoder_size
-    return total
-
-
-def layer_index(name: str) -> int:
-    """Return 12 for 'model.layers.12.mlp.up_proj.codes', and -1 for a tensor outside the layers."""
-    parts = name.split(".")
-    if "layers" in parts[:-1]:
-        with contextlib.suppress(ValueError):
-            return int(parts[parts.index("layers") + 1])
-    return -1
 
 
 def resident_bytes() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linocut.errors import UsageError
-from linocut.pipeline.memory import check_size
+from linocut.pipeline.memory import LARGEST_SIDE, check_size
 from linocut.pipeline.png import LARGEST_SEED
 
 MOST_STEPS = 1000
@@ -29,7 +29,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request. `schedule_tokens`: go through the noise levels of pictures of so many tokens instead."""
+    """A checked request.
+
+    `schedule_tokens`: go through the noise levels of pictures of so many tokens instead. `tile`: decode in strips of so
+    many rows of pixels; None leaves it to the plan. Both come from recipes.
+    """
 
     jobs: tuple[Job, ...]
     width: int
@@ -37,6 +41,12 @@ class Request:
     steps: int
     guidance: float
     schedule_tokens: int | None = None
+    tile: int | None = None
+
+    @property
+    def prompts(self) -> int:
+        """How many different texts are read."""
+        return len({job.prompt for job in self.jobs} | ({""} if self.guided else set()))
 
     @property
     def guided(self) -> bool:
@@ -74,13 +84,14 @@ def random_seed() -> int:
 def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width: int | None = None,
                  height: int | None = None, num_inference_steps: int | None = None,
                  seed: int | Sequence[int] | None = None, num_images: int = 1, guidance_scale: float | None = None,
-                 generators: int = 0, schedule_tokens: int | None = None) -> Request:
+                 generators: int = 0, schedule_tokens: int | None = None, tile: int | None = None) -> Request:
     """Check a request against a model's settings and spell it out as jobs.
 
     Args:
         settings: `ModelFolder.settings`, which give the default size, steps and whether the model is distilled.
         generators: how many noise generators the caller brings instead of seeds; 0 for none.
         schedule_tokens: image tokens of the size whose noise levels to use; None for the picture's own.
+        tile: height of the decoder's strips; None for what the plan finds best.
     Raises UsageError for anything that cannot be drawn.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -97,6 +108,9 @@ def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width
         raise UsageError(f"steps must be a whole number in 1..{MOST_STEPS} (found {steps!r})")
     if not isinstance(num_images, int) or isinstance(num_images, bool) or not 1 <= num_images <= MOST_IMAGES:
         raise UsageError(f"the number of images must be a whole number in 1..{MOST_IMAGES} (found {num_images!r})")
+
+    if tile is not None and not 1 <= tile <= LARGEST_SIDE:
+        raise UsageError(f"strips of the decoder have 1..{LARGEST_SIDE} rows (found {tile})")
 
     distilled = bool(settings["is_distilled"])
     if guidance_scale is None:
@@ -123,4 +137,4 @@ def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width
                 jobs += [Job(len(jobs) + i, text, check_seed(first + i)) for i in range(num_images)]
         if not jobs:
             raise UsageError("the list of seeds is empty; give at least one, or none at all for a random one")
-    return Request(tuple(jobs), width, height, steps, guidance, schedule_tokens)
+    return Request(tuple(jobs), width, height, steps, guidance, schedule_tokens, tile)

@@ -27,6 +27,7 @@ from linocut.models.modulations import Modulations
 from linocut.models.prompt_tokenizer import TEMPLATE
 from linocut.pipeline.embeddings import Entry
 from linocut.pipeline.measure import Meter, PhaseTiming
+from linocut.pipeline.memory import Ways
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Job, Request
 from linocut.pipeline.sampler import euler
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
     from linocut.models.autoencoder import Autoencoder
     from linocut.pipeline.generate import Pipeline
-
-PICTURES_AT_ONCE = 16
-"""Pictures that go through a phase together when components are dropped in between."""
 
 Cancel = threading.Event | Callable[[], bool]
 
@@ -105,10 +103,10 @@ StepCallback = Callable[["Pipeline", int, float, StepState], Any]
 class Run:
     """Draws the pictures of one request; see `pictures`."""
 
-    def __init__(self, pipe: "Pipeline", request: Request, tile: int | None, sources: Sequence[torch.Generator],
+    def __init__(self, pipe: "Pipeline", request: Request, ways: Ways, sources: Sequence[torch.Generator],
                  callback: StepCallback | None, cancel: Cancel | None,
                  on_progress: Callable[[Progress], None] | None) -> None:
-        self.pipe, self.request, self.tile, self.sources = pipe, request, tile, sources
+        self.pipe, self.request, self.ways, self.sources = pipe, request, ways, sources
         self.callback, self.on_progress = callback, on_progress
         self.cancelled = cancel.is_set if isinstance(cancel, threading.Event) else cancel
         self.meter = Meter()
@@ -122,7 +120,7 @@ class Run:
     def pictures(self) -> Iterator[Picture]:
         """Yield the pictures in order, each as soon as it is ready."""
         jobs = self.request.jobs
-        at_once = 1 if self.pipe.components.keep else PICTURES_AT_ONCE
+        at_once = 1 if self.ways.keep_loaded else self.ways.at_once
         features: dict[str, Tensor] = {}
         notes: dict[str, str | None] = {}
         for start in range(0, len(jobs), at_once):
@@ -173,7 +171,7 @@ class Run:
             timing.load_seconds += time.perf_counter() - start
             for number, (text, (ids, mask, count, kept)) in enumerate(zip(prompts, tokens, strict=True)):
                 def on_layer(done: int, total: int, number: int = number) -> None:
-                    components.release_layer(done - 1)
+                    components.release_part(done)
                     self._report("encode", number * total + done, len(prompts) * total, job)
 
                 features = encoder(ids.to(device), mask.to(device), on_layer=on_layer)
@@ -190,7 +188,7 @@ class Run:
             self._check()
             modulations = pipe.components.modulations(self.schedule)
             with pipe.components.use("transformer") as network:
-                transformer = flux2_cpu.runner(network)
+                transformer = flux2_cpu.runner(network, self.ways.rows)
                 timing.load_seconds += time.perf_counter() - start
                 image_ids = image_position_ids(*self.grid).to(pipe.device)
                 for job in batch:
@@ -228,6 +226,7 @@ class Run:
 
             def evaluate(features: Tensor, number: int) -> Tensor:
                 def on_block(done: int, total: int) -> None:
+                    self.pipe.components.release_part(done)
                     self._report("denoise", (current * passes + number) * total + done, steps * passes * total, job,
                                  current)
                 return transformer(x.to(dtype), features.to(dtype), modulations[current], image_ids, text_ids,
@@ -259,22 +258,22 @@ class Run:
     def _decode(self, batch: Sequence[Job], latents: list[Tensor]) -> "Iterator[Image]":
         waiting = latents[::-1]
         del latents
-        opened = time.perf_counter()
-        with self.pipe.components.use("vae") as vae:
-            loading = time.perf_counter() - opened
+        with contextlib.ExitStack() as opened:
+            vae: Any = None
             for job in batch:
                 z = waiting.pop()  # let go of each as its picture is made
                 with self.meter.phase("decode") as timing, explain_memory(self.request), torch.no_grad():
-                    timing.load_seconds += loading
-                    timing.seconds += loading
-                    loading = 0.0
+                    if vae is None:
+                        start = time.perf_counter()
+                        vae = opened.enter_context(self.pipe.components.use("vae"))
+                        timing.load_seconds += time.perf_counter() - start
                     self._check()
 
                     def on_part(done: int, total: int, job: Job = job) -> None:
                         self._report("decode", done, total, job)
 
-                    with _after_blocks(vae.decoder, on_part if self.tile is None else None):
-                        pixels = vae.image_from_latents(z, tile=self.tile, on_tile=on_part)
+                    with _after_blocks(vae.decoder, on_part if self.ways.tile is None else None):
+                        pixels = vae.image_from_latents(z, tile=self.ways.tile, on_tile=on_part)
                     image = to_image(pixels[0] / 2 + 0.5)
                     del z, pixels
                 self._keep_timings()
@@ -294,7 +293,7 @@ class Run:
         return Recipe(model=pipe.folder.name, model_hash=pipe.model_hash, prompt=job.prompt, seed=seed,
                       width=request.width, height=request.height, steps=request.steps, guidance=request.guidance,
                       dtype=str(pipe.dtype).removeprefix("torch."), kernel=pipe.kernel(tokens),
-                      device=f"{pipe.device.type} {device}", tile=self.tile,
+                      device=f"{pipe.device.type} {device}", tile=self.ways.tile,
                       schedule_tokens=None if self.schedule.tokens == image_tokens else self.schedule.tokens,
                       versions={"linocut": __version__, "torch": str(torch.__version__),
                                 "python": platform.python_version()})
