@@ -63,7 +63,8 @@ def test_the_other_wish_differs_in_the_point_of_the_task(task):
         before = metadata(case.scene) | {"prompt": ""}
         other = other_wish(before, rng)
         assert before == metadata(case.scene) | {"prompt": ""}, "the wish itself was changed"
-        changed = {key for a, b in zip(before["include"], other["include"], strict=True) for key in a if a[key] != b[key]}
+        entries = zip(before["include"], other["include"], strict=True)
+        changed = {key for a, b in entries for key in a if a[key] != b[key]}
         assert changed == {"single_object": {"class"}, "two_object": {"class"}, "counting": {"count"},
                            "position": {"position"}}.get(task, {"color"})
         if task == "counting":

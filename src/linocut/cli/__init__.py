@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("linocut.cli.doctor:command", "Check this machine, its libraries and every kernel."),
     "plan": ("linocut.cli.plan:command", "Predict size on disk and peak memory before loading."),
     "bench": ("linocut.cli.bench:command", "Measure speed and memory, beside other programs."),
+    "eval": ("linocut.cli.eval:command", "Judge models by GenEval's rules, and compare them picture by picture."),
     "train": ("linocut.cli.train:command", "Train or distil a model from a recipe."),
     "completions": ("linocut.cli.completions:command", "Print a completion script for bash, zsh or fish."),
 }

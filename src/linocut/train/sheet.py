@@ -70,13 +70,19 @@ def compose(entries: Sequence[Entry], headings: Sequence[str], columns: int, wid
     return sheet
 
 
-def write_sheet(sheet: Image.Image, path: Path, limit: int = MAX_BYTES) -> None:
-    """Write a PNG; if it would pass `limit` bytes, with a palette of 256 colours and fewer until it fits."""
+def sheet_png(sheet: Image.Image, limit: int = MAX_BYTES) -> bytes:
+    """A sheet as PNG; if it would pass `limit` bytes, with a palette of 256 colours and fewer until it fits."""
     data = _png(sheet)
     for colours in (256, 128, 64, 32):
         if len(data) <= limit:
             break
         data = _png(sheet.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG))
+    return data
+
+
+def write_sheet(sheet: Image.Image, path: Path, limit: int = MAX_BYTES) -> None:
+    """Write a sheet as PNG of at most about `limit` bytes, and say so."""
+    data = sheet_png(sheet, limit)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, data)
     print(f"  wrote {path} ({sheet.width} x {sheet.height}, {len(data) / 1e6:.2f} MB)", flush=True)
