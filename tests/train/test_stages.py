@@ -125,6 +125,24 @@ def test_what_ships_computes_what_was_trained(trained, encoding):
         checkpoint.verify()
 
 
+@torch.no_grad()
+def test_the_teacher_as_a_model_computes_what_was_trained(trained):
+    trained.command("teacher-model")
+    pipe, teacher = Pipeline(ModelFolder.open(trained.run / "teacher-model"), keep_loaded=True), Painter.load(
+        trained.recipe, trained.run / "teacher", CPU)
+    for parameter in teacher.parameters():
+        parameter.copy_(parameter.half().float())
+    with pipe.components.use("tokenizer") as tokenizer:
+        ids, mask = tokenizer.encode(["three red apples"])
+    latents = torch.randn(1, 4, trained.recipe.transformer.in_channels, generator=torch.Generator().manual_seed(0))
+    text, modulations = teacher.read(ids, mask), pipe.components.modulations(Schedule(torch.tensor([0.9, 0.0]), 4))[0]
+    with pipe.components.use("text_encoder") as encoder, pipe.components.use("transformer") as transformer:
+        torch.testing.assert_close(encoder(ids, mask), text, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(transformer(latents, text, modulations, teacher.image_ids, teacher.text_ids),
+                                   teacher.velocity(latents, text, torch.tensor([0.9])), rtol=1e-4, atol=1e-4)
+    assert pipe("three red apples", seed=0).images[0].size == (trained.recipe.data.size, trained.recipe.data.size)
+
+
 @pytest.mark.parametrize("encoding", FOLDERS)
 def test_the_pipeline_draws_what_training_drew(trained, encoding):
     """Same noise for the same seed, same steps, same decoder: the pictures differ by rounding to float16 alone."""

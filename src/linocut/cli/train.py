@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from linocut.train.stages import SHEETS, STAGES
+from linocut.train.stages import ON_REQUEST, STAGES
 
 # Written out so that a checkout needs no option; fetched by recipes/embedded/fetch_sprites.py.
 SPRITES = Path(".cache/sprites")
@@ -16,7 +16,7 @@ SPRITES = Path(".cache/sprites")
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--out", "run", type=click.Path(path_type=Path), metavar="DIR", required=True,
               help="The run folder: every stage leaves its result here and finds those of earlier stages.")
-@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES + SHEETS),
+@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES + ON_REQUEST),
               help=f"Repeatable. Left out: {', '.join(STAGES)}, one after another.")
 @click.option("--sprites", type=click.Path(path_type=Path), default=SPRITES, show_default=True, metavar="DIR",
               help="Folder of the sprites that scenes are drawn with.")
@@ -27,6 +27,7 @@ def command(recipe_file: Path, run: Path, stages: tuple[str, ...], sprites: Path
             models: tuple[str, str] | None) -> None:
     """Train a model by RECIPE (a TOML file), distil it into ternary and binary weights, and export it.
 
+    Stage `teacher-model` writes the teacher as a model folder too (DIR/teacher-model), to draw with it and judge it.
     Two more stages make pictures to look at: `scenes` (DIR/scenes.png, what is trained on, with captions) and `sheet`
     (DIR/sheet.png, the held-out prompts as drawn by teacher, ternary and binary model).
 

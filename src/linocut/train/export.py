@@ -1,7 +1,8 @@
 """Stage `export`: trained students become a model folder that the pipeline opens, both encodings side by side.
 
 The folder shares text encoder, tokenizer and VAE; `transformer/` is the ternary student and `transformer-binary/` the
-binary one. Dense tensors are stored in float16.
+binary one. Dense tensors are stored in float16. Stage `teacher-model` makes such a folder of the teacher, all dense, so
+that it can be drawn with and judged like any other model.
 """
 
 from __future__ import annotations
@@ -36,14 +37,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 def export(recipe: Recipe, run: Path, target: Path) -> None:
     """Write the model folder of every student found in the run folder."""
     found = [encoding for encoding in FOLDERS if (run / encoding / "model.safetensors").is_file()]
-    write_json(target / "model_index.json", model_index(recipe))
-    write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
-    compact = json.dumps(vocabulary_table(), separators=(",", ":"), ensure_ascii=False)
-    atomic_write_bytes(target / VOCABULARY_FILE, (compact + "\n").encode())
-    shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
-    vae = load_vae(recipe, run, torch.device("cpu"))
-    write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
-    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))
+    _write_surroundings(recipe, run, target)
     for encoding in found:
         painter, policy = quantized(recipe, encoding), Policy.preset("flux2-embedded", encoding)
         load_weights(painter, run / encoding)
@@ -53,6 +47,31 @@ def export(recipe: Recipe, run: Path, target: Path) -> None:
         _write_packed(target / "text_encoder", "model.safetensors", painter.text_encoder,
                       recipe.text_encoder.to_dict(), Policy.preset("qwen3", "affine4"))
     print(f"  wrote {target} ({', '.join(found)}): {folder_bytes(target) / 1e6:.2f} MB", flush=True)
+
+
+def export_teacher(recipe: Recipe, run: Path, target: Path) -> None:
+    """Write the teacher as a model folder."""
+    _write_surroundings(recipe, run, target)
+    painter = Painter(recipe)
+    load_weights(painter, run / "teacher")
+    parts = (("transformer", "diffusion_pytorch_model.safetensors", painter.transformer, recipe.transformer.to_dict()),
+             ("text_encoder", "model.safetensors", painter.text_encoder, recipe.text_encoder.to_dict()))
+    for folder, file, module, config in parts:
+        write_json(target / folder / "config.json", config)
+        write_checkpoint(target / folder / file, to_arrays(module.state_dict(), "F16"))
+    print(f"  wrote {target} (teacher): {folder_bytes(target) / 1e6:.2f} MB", flush=True)
+
+
+def _write_surroundings(recipe: Recipe, run: Path, target: Path) -> None:
+    """Everything in a model folder but transformer and text encoder."""
+    write_json(target / "model_index.json", model_index(recipe))
+    write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    compact = json.dumps(vocabulary_table(), separators=(",", ":"), ensure_ascii=False)
+    atomic_write_bytes(target / VOCABULARY_FILE, (compact + "\n").encode())
+    shutil.copytree(run / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    vae = load_vae(recipe, run, torch.device("cpu"))
+    write_json(target / "vae" / "config.json", vae.config.to_dict() | {"preview": True})
+    write_checkpoint(target / "vae" / "diffusion_pytorch_model.safetensors", to_arrays(vae.state_dict(), "F16"))
 
 
 def quantized(recipe: Recipe, encoding: str) -> Painter:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from linocut.train.recipe import Recipe
 
 STAGES = ("vae", "teacher", "ternary", "binary", "export")
-NEEDS = {"teacher": ("vae",), "ternary": ("vae", "teacher"), "binary": ("vae", "teacher"), "export": ("vae",)}
+NEEDS = {"teacher": ("vae",), "ternary": ("vae", "teacher"), "binary": ("vae", "teacher"), "export": ("vae",),
+         "teacher-model": ("vae", "teacher")}
 WEIGHTS = "model.safetensors"  # what a stage that is over leaves in its folder
-SHEETS = ("scenes", "sheet")  # pictures to look at, before and after; made when asked for
+SHEETS = ("scenes", "sheet")  # pictures to look at, before and after
+ON_REQUEST = (*SHEETS, "teacher-model")  # made when asked for
 
 
 def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str | None = None,
@@ -30,8 +32,8 @@ def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str 
 
     if stopped():
         raise Cancelled(f"stopped by SIGTERM before stage {stage}")
-    if stage not in STAGES + SHEETS:
-        raise UsageError(f"unknown stage {stage!r}; stages are {', '.join(STAGES + SHEETS)}")
+    if stage not in STAGES + ON_REQUEST:
+        raise UsageError(f"unknown stage {stage!r}; stages are {', '.join(STAGES + ON_REQUEST)}")
     _check_inputs(stage, run)
     ranks = Ranks.start(device, until)
     stop_in_order()
@@ -49,6 +51,9 @@ def run_stage(stage: str, recipe: Recipe, run: Path, sprites: Path, device: str 
     elif ranks.first and stage == "export":
         from linocut.train.export import export
         export(recipe, run, run / "model")
+    elif ranks.first and stage == "teacher-model":
+        from linocut.train.export import export_teacher
+        export_teacher(recipe, run, run / "teacher-model")
     elif ranks.first:
         from linocut.train.sheet import held_out_sheet, scene_sheet
         if stage == "scenes":
@@ -74,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", action="append", choices=STAGES + SHEETS, help=f"repeatable; default: {STAGES}")
+    parser.add_argument("--stage", action="append", choices=STAGES + ON_REQUEST, help=f"repeatable; default: {STAGES}")
     parser.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
     parser.add_argument("--device")
     parser.add_argument("--until", type=float, default=math.inf, help="steps end by then, in seconds since 1970")
