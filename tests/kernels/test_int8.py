@@ -328,9 +328,11 @@ def test_calls_from_many_threads_at_once(monkeypatch):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_operator_is_what_torch_expects(encoding):
     weight, _ = weight_of(encoding, 9, 256)
-    arguments = (randn(3, 256), weight.codes, weight.scales, weight.zeros, encoding)
-    torch.library.opcheck(torch.ops.linocut.packed_linear.default, arguments)
-    torch.library.opcheck(torch.ops.linocut.packed_linear.default, (arguments[0].bfloat16(), *arguments[1:]))
+    packed = (weight.codes, weight.scales, weight.zeros, encoding)
+    for x in (randn(3, 256), randn(3, 256).bfloat16()):
+        torch.library.opcheck(torch.ops.linocut.packed_linear.default, (x, *packed, False))
+        torch.library.opcheck(torch.ops.linocut.packed_linear.default, (x.requires_grad_(), *packed, True))
+    torch.library.opcheck(torch.ops.linocut.packed_linear_gradient.default, (randn(3, 9), *packed, 256))
 
 
 def test_compiled_equals_eager_in_one_graph():
@@ -346,6 +348,23 @@ def test_compiled_equals_eager_in_one_graph():
     with dispatch.use_kernel("reference"):
         error = relative_error(compiled(randn(2, 256)), layer(randn(2, 256)))
     assert error < 1e-6  # the operator chooses when it runs
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_gradients_flow_through_a_compiled_layer(encoding):
+    weight, _ = weight_of(encoding, 24, 256)
+
+    def layer(x):
+        y = dispatch.linear(x, weight.codes, weight.scales, weight.zeros, encoding)
+        return torch.nn.functional.silu(y).sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = randn(3, 256)
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for function, leaf in ((compiled, found), (layer, wanted)):
+        function(leaf).backward()
+    assert wanted.grad.norm() > 0
+    assert torch.equal(found.grad, wanted.grad)
 
 
 def test_scales_that_no_file_has_give_numbers_or_nan_but_no_harm(variant):

@@ -109,7 +109,7 @@ def _show_choices(console: "Console", report: "Facts") -> None:
     _line(console, "torch", f"{torch['version']}, CPU kernels for {torch['cpu_capability']}, "
           f"oneDNN {'on' if torch['mkldnn'] else 'off'}, BLAS {torch['blas']}")
     _line(console, "threads", f"{threads['count']}: {threads['reason']}")
-    _line(console, "dtype", "float32: the default, so that a seed draws the same picture on every machine")
+    _line(console, "dtype", "float32: the default; attention and the decoder take bfloat16 where the CPU multiplies it")
     _line(console, "decoder", f"{report['decoder']['dtype']}: {report['decoder']['reason']}")
     shown = set()
     for choice in report["kernels"]:

@@ -6,8 +6,8 @@ only, always can). `generic` (a C++ scalar product, the slow oracle of the C++ s
 override is either the environment variable `LINOCUT_KERNEL=auto|int8|native|generic|reference` or, in code and for one
 context only, `use_kernel(name)`.
 
-torch.compile sees a linear without gradient on the CPU as one operator, `torch.ops.linocut.packed_linear`, which
-chooses when it runs.
+torch.compile sees a linear on the CPU as one operator, `torch.ops.linocut.packed_linear`, which chooses when it runs;
+its gradient for x is another one.
 
     >>> with use_kernel("reference"):
     ...     y = linear(x, codes, scales, None, "ternary")
@@ -97,39 +97,66 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encod
     """
     flat = x.reshape(-1, x.shape[-1])
     gradients = x.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and not gradients:
-        y: Tensor = torch.ops.linocut.packed_linear(flat, codes, scales, zeros, encoding)
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        y: Tensor = torch.ops.linocut.packed_linear(flat, codes, scales, zeros, encoding, gradients)
     else:
         weight = checked(codes, scales, zeros, encoding, x.shape[-1])
         if codes.device != x.device:
             raise KernelError(f"x is on {x.device} and the packed weight on {codes.device}; move them together")
         if gradients and flat.shape[0] and weight.o:
-            y = _FrozenLinear.apply(flat, weight, select(Problem.of(x, codes, encoding)))
+            y = _FrozenLinear.apply(flat, weight, select(Problem.of(x, codes, encoding, gradients)))
         else:
-            y = _run(flat, weight)
+            y = _run(flat, weight, gradients)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
-def _run(x: Tensor, weight: PackedWeight) -> Tensor:
-    chosen = select(Problem.of(x, weight.codes, weight.encoding))
+def _run(x: Tensor, weight: PackedWeight, gradients: bool) -> Tensor:
+    chosen = select(Problem.of(x, weight.codes, weight.encoding, gradients))
     return chosen.linear(x, weight) if x.shape[0] and weight.o else x.new_zeros((x.shape[0], weight.o))
 
 
-def _operator(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str) -> Tensor:
-    return _run(x, checked(codes, scales, zeros, encoding, x.shape[-1]))
+# ---- the operators that torch.compile sees --------------------------------------------------------------------------
+
+def _operator(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str,
+              gradients: bool) -> Tensor:
+    return _run(x, checked(codes, scales, zeros, encoding, x.shape[-1]), gradients)
 
 
-def _operator_shape(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str) -> Tensor:
+def _operator_shape(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
+def _gradient(grad: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str, n: int) -> Tensor:
+    problem = Problem(grad.device.type, grad.dtype, grad.shape[0], n, codes.shape[0], encoding, gradients=True)
+    return blocked_backward(grad.contiguous(), checked(codes, scales, zeros, encoding, n), select(problem).decode)
+
+
+def _gradient_shape(grad: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str,
+                    n: int) -> Tensor:
+    return grad.new_empty((grad.shape[0], n))
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, zeros, ctx.encoding, _ = inputs
+    ctx.n = x.shape[-1]
+    ctx.save_for_backward(codes, scales, zeros)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.linocut.packed_linear_gradient(grad, *ctx.saved_tensors, ctx.encoding, ctx.n), *5 * [None]
+
+
 _library = torch.library.Library("linocut", "DEF")
-_library.define("packed_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str encoding) -> Tensor",
-                tags=(torch.Tag.needs_fixed_stride_order,))
-_library.impl("packed_linear", _operator, "CPU")
-torch.library.register_fake("linocut::packed_linear", _operator_shape, lib=_library)
+_WEIGHT = "Tensor codes, Tensor scales, Tensor? zeros, str encoding"
+for _name, _schema, _compute, _shape in (
+        ("packed_linear", f"(Tensor x, {_WEIGHT}, bool gradients) -> Tensor", _operator, _operator_shape),
+        ("packed_linear_gradient", f"(Tensor grad, {_WEIGHT}, int n) -> Tensor", _gradient, _gradient_shape)):
+    _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(_name, _compute, "CPU")
+    torch.library.register_fake(f"linocut::{_name}", _shape, lib=_library)
+torch.library.register_autograd("linocut::packed_linear", _backward, setup_context=_keep_weight, lib=_library)
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, encoding: str, n: int,

@@ -34,11 +34,11 @@ class Problem:
     """Whether a gradient for x is wanted."""
 
     @classmethod
-    def of(cls, x: Tensor, codes: Tensor, encoding: str) -> "Problem":
+    def of(cls, x: Tensor, codes: Tensor, encoding: str, gradients: bool = False) -> "Problem":
         """The problem that x[..., N] and codes[O, bytes] pose on this machine with its current thread count."""
         n = x.shape[-1]
         return cls(x.device.type, x.dtype, x.numel() // max(n, 1), n, codes.shape[0], encoding, thread_count()[0],
-                   x.requires_grad and torch.is_grad_enabled())
+                   gradients)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ SDCPP_PACKAGE = "stable_diffusion_cpp"
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("model")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Where weights for the others are made, and found again. At klein's size: 7.2 GB for torch int8, "
               "14 GB for torch bf16 and fp32, 2.9 GB for stable-diffusion.cpp.")
@@ -39,9 +39,9 @@ SDCPP_PACKAGE = "stable_diffusion_cpp"
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this JSON file; rounds that are in it already are not run again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(model: Path, work: Path | None, size: tuple[int, int], steps: int, arms: tuple[str, ...], rounds: int,
+def command(model: str, work: Path | None, size: tuple[int, int], steps: int, arms: tuple[str, ...], rounds: int,
             threads: int | None, output: Path | None, as_json: bool) -> None:
-    """Draw with the model folder MODEL in fresh processes, and do the same with other programs.
+    """Draw with MODEL, a folder or 'embedded', in fresh processes, and do the same with other programs.
 
     'linocut bench synthetic' makes a model of klein's shapes. torch int8 loads weights that were quantized beforehand;
     stable-diffusion.cpp is the package stable-diffusion-cpp-python with TQ2_0 weights. All others get random weights.
@@ -68,7 +68,7 @@ def command(model: Path, work: Path | None, size: tuple[int, int], steps: int, a
         wanted = [(number, arm) for number in range(rounds) for arm in chosen if done.missing([arm], number)]
         for count, (number, arm) in enumerate(wanted):
             bar.update(count, len(wanted), arm)
-            found = _run(arm, folder, work, Path(made), size, steps, threads)
+            found = _run(arm, model, folder, work, Path(made), size, steps, threads)
             done.add(f"{arm}/peak_rss", number, found.peak)
             done.add(f"{arm}/step", number, statistics.median(found.steps))
             done.add(arm, number, found.seconds)
@@ -89,14 +89,14 @@ class _Found(NamedTuple):
     steps: list[float]
 
 
-def _run(arm: str, folder: Any, work: Path | None, made: Path, size: tuple[int, int], steps: int,
+def _run(arm: str, model: str, folder: Any, work: Path | None, made: Path, size: tuple[int, int], steps: int,
          threads: int) -> _Found:
     """Draw a picture in one process."""
     picture = made / "picture.png"
     picture.unlink(missing_ok=True)
     environment = os.environ | {"LINOCUT_CACHE": str(made / "cache")}
     if arm in (OURS, KNOWN_PROMPT):
-        command = ["linocut", "generate", PROMPT, "--model", str(folder.root), "--size", f"{size[0]}x{size[1]}",
+        command = ["linocut", "generate", PROMPT, "--model", model, "--size", f"{size[0]}x{size[1]}",
                    "--steps", str(steps), "--seed", "0", "--threads", str(threads), "--output", str(picture), "--json"]
         if arm == OURS:
             command.append("--no-prompt-cache")
@@ -111,7 +111,7 @@ def _run(arm: str, folder: Any, work: Path | None, made: Path, size: tuple[int, 
         made_by = importlib.import_module(f"linocut.cli.bench.{module}").write_weights
         made_by(folder, weights, *([arm == "torch int8"] if precision else []))
         _read(weights)
-        command = [f"linocut.cli.bench.{module}", *precision, str(folder.root), str(weights), str(picture),
+        command = [f"linocut.cli.bench.{module}", *precision, model, str(weights), str(picture),
                    *map(str, (*size, steps, threads))]
     _read(folder.root)
     seconds, peak, said = _measure(command, environment)

@@ -136,7 +136,7 @@ def main() -> None:
         if total == int(steps) and step:  # opening files reports its progress here too
             seconds.append(round(taken, 3))
 
-    (vae,) = (Path(model) / "vae").glob("*.safetensors")
+    (vae,) = ModelFolder.open(model).path("vae").glob("*.safetensors")
     pipe = StableDiffusion(diffusion_model_path=f"{weights}/transformer.gguf", llm_path=f"{weights}/text_encoder.gguf",
                            vae_path=str(vae), n_threads=int(threads), diffusion_flash_attn=False, vae_decode_only=True,
                            vae_conv_direct=False)

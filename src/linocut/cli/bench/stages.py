@@ -24,7 +24,7 @@ PROMPT = "a red apple and two blue cups on a wooden table"
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("model")
 @click.option("--size", type=Size(), default="512x512", show_default=True, help="Picture.")
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="May be repeated; default: all.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True)
@@ -32,9 +32,9 @@ PROMPT = "a red apple and two blue cups on a wooden table"
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this JSON file; rounds that are in it already are not run again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(model: Path, size: tuple[int, int], stages: tuple[str, ...], rounds: int, threads: int | None,
+def command(model: str, size: tuple[int, int], stages: tuple[str, ...], rounds: int, threads: int | None,
             output: Path | None, as_json: bool) -> None:
-    """Measure reading a prompt, one denoising step and decoding of the model folder MODEL.
+    """Measure reading a prompt, one denoising step and decoding of MODEL, a folder or 'embedded'.
 
     'linocut bench synthetic' makes one of klein's shapes. torch runs the same architecture with random weights: dense
     in float32 or bfloat16, or with the Linears of all blocks as quantized.linear_dynamic (int8, onednn engine) and the
