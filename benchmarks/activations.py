@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
-    prompts = [line.strip() for line in arguments.prompts.read_text().splitlines() if line.strip()]
+    lines = arguments.prompts.read_text().splitlines()  # task | prompt
+    prompts = [line.rpartition("|")[2].strip() for line in lines if line.strip() and not line.startswith("#")]
     prompts = prompts[: arguments.pictures]
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "teacher"

@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("recipes/embedded/prompts.txt"))
     parser.add_argument("--pictures", type=int, default=12)
     arguments = parser.parse_args()
-    prompts = [line.strip() for line in arguments.prompts.read_text().splitlines() if line.strip()]
+    lines = arguments.prompts.read_text().splitlines()  # task | prompt
+    prompts = [line.rpartition("|")[2].strip() for line in lines if line.strip() and not line.startswith("#")]
     os.environ["LINOCUT_PROMPT_CACHE"] = "0"
     folder = ModelFolder.open(arguments.model)
     config, taps = Qwen3Config.from_dict(folder.config("text_encoder")), folder.settings["text_taps"]
