@@ -55,7 +55,8 @@ def test_prompts(prompts, capsys, tmp_path):
 
 
 def test_one_command_judges_both_variants(prompts, detector, tmp_path, capsys):
-    command = ("geneval", "--out", tmp_path / "run", "--detector", detector, "--prompts", prompts, "--images", 1)
+    command = ("geneval", "--out", tmp_path / "run", "--detector", detector, "--prompts", prompts, "--images", 1,
+               "--size", "128x128")
     assert linocut(*command) == 0
     said = capsys.readouterr().out
     assert "6 prompts x 1 images, detector world" in said
@@ -70,6 +71,9 @@ def test_one_command_judges_both_variants(prompts, detector, tmp_path, capsys):
     assert linocut(*command, "--json") == 0
     assert json.loads(capsys.readouterr().out) == report
     assert results.read_bytes() == before
+    other = ("geneval", "--out", tmp_path / "run", "--detector", detector, "-n", 12)
+    assert linocut(*other) == 2
+    assert "holds another run (prompts was" in capsys.readouterr().err
     assert linocut("report", tmp_path / "run", "--against", results) == 0
     assert "embedded against results: +0.00 points" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from linocut.eval.prompts import (
     expected_error,
     fingerprint,
     read_prompts,
+    refuse_unknown,
     seed_of,
     write_prompts,
 )
@@ -35,7 +36,8 @@ OFFICIAL = [
 
 def test_the_official_form_is_read_as_it_is(tmp_path):
     write_prompts(tmp_path / "new" / "prompts.jsonl", OFFICIAL)
-    assert read_prompts(tmp_path / "new" / "prompts.jsonl", COCO, GENEVAL_COLOURS) == OFFICIAL
+    assert read_prompts(tmp_path / "new" / "prompts.jsonl") == OFFICIAL
+    refuse_unknown(OFFICIAL, COCO, GENEVAL_COLOURS)
 
 
 def without(index, **changes):
@@ -53,14 +55,19 @@ def without(index, **changes):
     (without(2, include=OFFICIAL[2]["include"][::-1]), "index of an entry before"),
     (without(2, include=[OFFICIAL[2]["include"][0], {"class": "cat", "count": 1, "position": ["near", 0]}]),
      "must be a relation"),
-    (without(0, include=[{"class": "unicorn", "count": 1}]), "the detector knows no class 'unicorn'"),
-    (without(1, include=[{"class": "tv", "count": 1, "color": "mauve"}]), "knows no color 'mauve'"),
     (json.dumps(OFFICIAL[1]), "lines 1 and 2 hold the same prompt"),
 ])
 def test_mistakes_are_named_with_their_line(tmp_path, line, message):
     (tmp_path / "p.jsonl").write_text(json.dumps(OFFICIAL[1]) + "\n" + line + "\n")
     with pytest.raises(UsageError, match=message):
-        read_prompts(tmp_path / "p.jsonl", COCO, GENEVAL_COLOURS)
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(("entry", "message"), [({"class": "unicorn"}, "no class 'unicorn', only 80 others"),
+                                                ({"class": "tv", "color": "mauve"}, "no color 'mauve', only 10")])
+def test_what_a_detector_does_not_know_is_refused(entry, message):
+    with pytest.raises(UsageError, match=message):
+        refuse_unknown([*OFFICIAL, OFFICIAL[0] | {"include": [entry | {"count": 1}]}], COCO, GENEVAL_COLOURS)
 
 
 def test_files_without_prompts(tmp_path):
@@ -75,7 +82,8 @@ def test_files_without_prompts(tmp_path):
 def test_prompts_of_the_embedded_world_fit_its_detector(tmp_path, split):
     prompts = sample_prompts(split, 60)
     write_prompts(tmp_path / "p.jsonl", prompts)
-    assert read_prompts(tmp_path / "p.jsonl", {thing.name for thing in objects()}, COLOURS) == prompts
+    assert read_prompts(tmp_path / "p.jsonl") == prompts
+    refuse_unknown(prompts, {thing.name for thing in objects()}, COLOURS)
     assert [each["tag"] for each in prompts] == list(GENEVAL_TASKS) * 10 or \
         sorted(each["tag"] for each in prompts) == sorted(GENEVAL_TASKS * 10)
     number = {thing.name: index for index, thing in enumerate(objects())}

@@ -93,8 +93,8 @@ def geneval_command(root: Path, models: tuple[str, ...], detector: str, file: Pa
     DIR then holds results per picture (JSON lines), report.txt, report.json and failures.png.
     """
     from linocut.eval.arms import Arm, label_of
-    from linocut.eval.prompts import read_prompts, write_prompts
-    from linocut.eval.run import PROMPTS, Shard, describe, evaluate
+    from linocut.eval.prompts import read_prompts, refuse_unknown
+    from linocut.eval.run import Shard, describe, evaluate
     from linocut.train.prompts import sample_prompts
 
     part = Shard.parse(shard)
@@ -103,11 +103,8 @@ def geneval_command(root: Path, models: tuple[str, ...], detector: str, file: Pa
     for model in models or MODELS:
         labels.append(label_of(model, [label for label, _ in labels]))
     judge = _detector(detector, device)
-    if file is None:
-        file = root / PROMPTS
-        if not file.exists():
-            write_prompts(file, sample_prompts(split, count))
-    prompts = read_prompts(file, judge.classes, judge.colours)
+    prompts = sample_prompts(split, count) if file is None else read_prompts(file)
+    refuse_unknown(prompts, judge.classes, judge.colours)
     arms = [Arm(label, model, device, width, height, steps) for label, model in labels]
     describe(root, prompts, {"detector": judge.identity, "images": images, "detector_accuracy": judge.accuracy,
                              "arms": {arm.label: arm.facts for arm in arms}})

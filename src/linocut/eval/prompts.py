@@ -19,12 +19,10 @@ PROMPTS, IMAGES = 553, 4  # GenEval's own numbers
 Metadata = dict[str, Any]
 
 
-def read_prompts(path: Path, classes: Collection[str] | None = None,
-                 colours: Collection[str] | None = None) -> list[Metadata]:
+def read_prompts(path: Path) -> list[Metadata]:
     """Read and check a metadata file.
 
-    Raises UsageError that names the line for anything that is not metadata, for a prompt that comes twice, and for a
-    class or colour that is not among those that a detector knows (`classes`, `colours`).
+    Raises UsageError that names the line for anything that is not metadata, and for a prompt that comes twice.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -40,8 +38,6 @@ def read_prompts(path: Path, classes: Collection[str] | None = None,
             _check(metadata)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(f"{path}, line {number}: not a line of GenEval's metadata: {error!r}") from None
-        _known(metadata, classes, "class", f"{path}, line {number}")
-        _known(metadata, colours, "color", f"{path}, line {number}")
         if metadata["prompt"] in seen:
             raise UsageError(f"{path}: lines {seen[metadata['prompt']]} and {number} hold the same prompt; "
                              "leave one out, since both would be drawn from the same noise")
@@ -70,13 +66,15 @@ def _check(metadata: Metadata) -> None:
                                  f"{entry['position']}")
 
 
-def _known(metadata: Metadata, known: Collection[str] | None, key: str, where: str) -> None:
-    if known is None:
-        return
-    for entry in [*metadata["include"], *metadata.get("exclude", ())]:
-        if key in entry and entry[key] not in known:
-            raise UsageError(f"{where}: the detector knows no {key} {entry[key]!r}; it knows {len(known)} others. "
-                             "Take prompts and detector of the same world (see 'linocut eval prompts')")
+def refuse_unknown(prompts: Sequence[Metadata], classes: Collection[str], colours: Collection[str]) -> None:
+    """Raise UsageError if a prompt asks for a class or a colour that is not among those that a detector knows."""
+    for metadata in prompts:
+        for entry in [*metadata["include"], *metadata.get("exclude", ())]:
+            for key, known in (("class", classes), ("color", colours)):
+                if key in entry and entry[key] not in known:
+                    raise UsageError(f"{metadata['prompt']!r}: the detector knows no {key} {entry[key]!r}, only "
+                                     f"{len(known)} others; take prompts and detector of the same world (see 'linocut "
+                                     "eval prompts')")
 
 
 def write_prompts(path: Path, prompts: Sequence[Metadata]) -> None:
