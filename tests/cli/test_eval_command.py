@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from linocut.cli import main
+from linocut.eval import world_detector
 from linocut.eval.rules import GENEVAL_TASKS
 from linocut.eval.world_detector import save_detector
 from linocut.eval.world_network import NetworkConfig, WorldNetwork
@@ -105,7 +106,7 @@ def test_fidelity_of_the_embedded_models(prompts, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("geneval", "--out", "x"), "Missing option '--detector'"),
+    (("geneval",), "Missing option '--out'"),
     (("geneval", "--out", "x", "--detector", "none"), "none: no detector"),
     (("geneval", "--out", "x", "--detector", "none", "--shard", "3"), "a shard is I/N"),
     (("geneval", "--out", "x", "--detector", "none", "-m", "embedded", "-m", "embedded"), "two models are labelled"),
@@ -121,6 +122,16 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_the_package_s_own_detector(prompts, detector, tmp_path, monkeypatch, capsys):
+    command = ("geneval", "--out", tmp_path / "run", "--prompts", prompts, "--images", 1, "-m", "embedded", "--size",
+               "64x64", "--steps", 1)
+    monkeypatch.setattr(world_detector, "SHIPPED", tmp_path / "none")
+    assert linocut(*command) == 2
+    assert "this installation has no detector of its own" in capsys.readouterr().err
+    monkeypatch.setattr(world_detector, "SHIPPED", detector)
+    assert linocut(*command) == 0
 
 
 def test_help_loads_no_torch():

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 HELP = {"help_option_names": ["-h", "--help"]}
 MODELS = ("embedded", "embedded-binary")
-DETECTOR_HELP = ("A detector of the embedded world: the folder that 'linocut eval detector' made. For photographs: "
-                 "coco, or coco:MASK2FORMER,CLIP with folders or hub ids.")
+DETECTOR_HELP = ("Folder of a detector of the embedded world, as 'linocut eval detector' makes it; default: the one "
+                 "that is part of the package. For photographs: coco, or coco:MASK2FORMER,CLIP (folders or hub ids).")
 
 
 @click.group(context_settings=HELP)
@@ -27,7 +27,7 @@ def command() -> None:
     """Judge models by GenEval's rules, and compare them picture by picture.
 
     \b
-    linocut eval geneval --out runs/eval --detector runs/detector
+    linocut eval geneval --out runs/eval
     linocut eval geneval --prompts evaluation_metadata.jsonl --detector coco -m ./klein-ternary --out runs/klein
     linocut eval fidelity ./teacher embedded
     """
@@ -68,7 +68,7 @@ def _expected(count: int, images: int) -> str:
               help="The folder of the run. The same command goes on where a run was cut.")
 @click.option("-m", "--model", "models", multiple=True, metavar="[LABEL=]MODEL",
               help=f"Repeatable; the first is what the others are compared with. Default: {' and '.join(MODELS)}.")
-@click.option("--detector", metavar="DETECTOR", required=True, help=DETECTOR_HELP)
+@click.option("--detector", metavar="DETECTOR", help=DETECTOR_HELP)
 @click.option("--prompts", "file", type=click.Path(path_type=Path), metavar="FILE",
               help="Prompts in GenEval's metadata form. Default: 553 of the embedded world's split.")
 @click.option("--split", type=click.Choice(["dev", "test"]), default="dev", show_default=True,
@@ -85,8 +85,8 @@ def _expected(count: int, images: int) -> str:
               help="Compare with these results (a file or an arm's folder of an earlier run on the same prompts).")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Such as cpu or cuda:0.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def geneval_command(root: Path, models: tuple[str, ...], detector: str, file: Path | None, split: str, count: int,
-                    images: int, size: tuple[int, int] | None, steps: int | None, shard: str, keep: str,
+def geneval_command(root: Path, models: tuple[str, ...], detector: str | None, file: Path | None, split: str,
+                    count: int, images: int, size: tuple[int, int] | None, steps: int | None, shard: str, keep: str,
                     against: Path | None, device: str, as_json: bool) -> None:
     """Draw and judge every prompt with every model, from the same noise, and report.
 
@@ -185,14 +185,20 @@ def fidelity_command(teacher: str, students: tuple[str, ...], file: Path | None,
     click.echo(json.dumps(measured, indent=2) if as_json else as_text(measured))
 
 
-def _detector(name: str, device: str) -> Detector:
-    """The detector that an argument names."""
+def _detector(name: str | None, device: str) -> Detector:
+    """The detector that an argument names, or without one that of the package."""
+    from linocut.errors import UsageError
+    from linocut.eval.world_detector import SHIPPED, WorldDetector
+
+    if name is None:
+        if not SHIPPED.is_dir():
+            raise UsageError("this installation has no detector of its own; train one ('linocut eval detector') and "
+                             "say --detector DIR")
+        return WorldDetector(SHIPPED, device)
     kind, _, rest = name.partition(":")
     if kind == "coco":
         from linocut.eval.coco_detector import CLIP, MASK2FORMER, CocoDetector
 
         finder, _, clip = rest.partition(",")
         return CocoDetector(finder or MASK2FORMER, clip or CLIP, device)
-    from linocut.eval.world_detector import WorldDetector
-
     return WorldDetector(Path(name), device)

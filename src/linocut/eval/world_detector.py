@@ -27,6 +27,7 @@ from linocut.train.weights import load_weights, save_weights
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SHIPPED = Path(__file__).parent.parent / "data" / "detector"  # where the package has its own, if it has one
 CONFIG, WEIGHTS, VERSION = "detector.json", "model.safetensors", 1
 THRESHOLDS = Thresholds(0.3, 0.4)  # its scores are the product of two probabilities, so counting asks for less than 0.9
 _LEAST = 0.05  # candidates below are not told of at all
