@@ -1,7 +1,8 @@
 """Writing model files so that nothing half-written ever carries the final name.
 
-A file is built as `<path>.partial` and renamed when complete and on disk. `CheckpointWriter` fills a preallocated file
-tensor by tensor in any order; its journal lets an interrupted run go on where it stopped.
+A file is built as `<path>.partial` and renamed when complete and on disk. `TensorWriter` fills a preallocated file
+tensor by tensor in any order; its journal lets an interrupted run go on where it stopped. `CheckpointWriter` is the one
+for safetensors.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from linocut.errors import FormatError, LinocutError
-from linocut.formats.header import Plan
+from linocut.formats.header import PackedEntry, Plan, TensorInfo
 from linocut.formats.packed import PackedTensor
 
 try:
@@ -27,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointWriter", "WriteError", "atomic_write_bytes", "write_checkpoint"]
+__all__ = ["CheckpointWriter", "FilePlan", "TensorWriter", "WriteError", "atomic_write_bytes", "write_checkpoint"]
 
 NUMPY_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "uint16",
@@ -87,20 +88,29 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-class CheckpointWriter:
-    """Writes one safetensors file whose tensors are all declared beforehand.
+class FilePlan(Protocol):
+    """What a file to be written holds and where; its header is as long whatever the hashes' values."""
 
-    tensors: (name, safetensors dtype, shape); the parts of the weights in `packed` ({module: (encoding, (O, N))}) are
-    added by themselves. With `resume`, tensors that an earlier run finished are found again (their hashes are checked)
-    and `done` is true for them. Used as a context manager, success closes; an exception keeps the partial file if
-    `resume` was asked for and removes it otherwise.
+    tensors: dict[str, TensorInfo]
+    packed: dict[str, PackedEntry]
+    header_nbytes: int
+    file_nbytes: int
+
+    def header(self, sha256: Mapping[str, str]) -> bytes:
+        """All bytes before the tensors'; unknown hashes are written as zeros."""
+
+
+class TensorWriter:
+    """Writes one file whose tensors are all declared beforehand, in its `plan`.
+
+    With `resume`, tensors that an earlier run finished are found again (their hashes are checked) and `done` is true
+    for them. Used as a context manager, success closes; an exception keeps the partial file if `resume` was asked for
+    and removes it otherwise.
     """
 
-    def __init__(self, path: str | os.PathLike[str], tensors: Iterable[tuple[str, str, Iterable[int]]],
-                 metadata: Mapping[str, str] | None = None,
-                 packed: Mapping[str, tuple[str, tuple[int, int]]] | None = None, resume: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], plan: FilePlan, resume: bool = False) -> None:
         self.path = Path(path)
-        self.plan = Plan(tensors, metadata or {}, packed or {})
+        self.plan = plan
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.journal = self.path.with_name(self.path.name + ".partial.journal")
         self._resume = resume
@@ -310,7 +320,7 @@ class CheckpointWriter:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def __enter__(self) -> CheckpointWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -323,6 +333,19 @@ class CheckpointWriter:
         except BaseException:
             self._release(remove=not self._resume)
             raise
+
+
+class CheckpointWriter(TensorWriter):
+    """Writes one safetensors file.
+
+    tensors: (name, safetensors dtype, shape); the parts of the weights in `packed` ({module: (encoding, (O, N))}) are
+    added by themselves.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tensors: Iterable[tuple[str, str, Iterable[int]]],
+                 metadata: Mapping[str, str] | None = None,
+                 packed: Mapping[str, tuple[str, tuple[int, int]]] | None = None, resume: bool = False) -> None:
+        super().__init__(path, Plan(tensors, metadata or {}, packed or {}), resume)
 
 
 def write_checkpoint(path: str | os.PathLike[str],
