@@ -20,12 +20,12 @@ from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.header import PackedEntry, TensorInfo, printable
 from linocut.formats.packed import PackedTensor
 
-__all__ = ["BFLCheckpoint", "Source", "bfl_plan", "is_bfl", "is_timestep", "open_flux2"]
+__all__ = ["RULES", "BFLCheckpoint", "Source", "bfl_plan", "is_bfl", "is_timestep", "open_flux2"]
 
 _PREFIX = "model.diffusion_model."
 _MARKS = ("double_stream_modulation_img.lin.weight", "img_in.weight")
 # pattern of an original name -> names here; three names are equal parts by rows, "~" swaps the two halves of the rows
-_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"img_in\.weight", ("x_embedder.weight",)),
     (r"txt_in\.weight", ("context_embedder.weight",)),
     (r"time_in\.in_layer\.weight", ("time_guidance_embed.timestep_embedder.linear_1.weight",)),
@@ -55,7 +55,7 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"final_layer\.linear\.weight", ("proj_out.weight",)),
     (r"final_layer\.adaLN_modulation\.1\.weight", ("~norm_out.linear.weight",)),
 )
-_COMPILED = tuple((re.compile(f"(?:{re.escape(_PREFIX)})?{pattern}"), targets) for pattern, targets in _RULES)
+_COMPILED = tuple((re.compile(f"(?:{re.escape(_PREFIX)})?{pattern}"), targets) for pattern, targets in RULES)
 
 
 _TIMESTEP = re.compile(r"(time_guidance_embed|double_stream_modulation_(img|txt)|single_stream_modulation|norm_out)"
