@@ -35,7 +35,7 @@ def test_help_is_light(arguments):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["generate", "doctor", "inspect", "quantize", "plan"])
+@pytest.mark.parametrize("command", ["generate", "doctor", "inspect", "quantize", "convert", "plan"])
 def test_help_of_a_command_loads_no_torch(command):
     done = run(COMMAND_LINE, command, "--help")
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from linocut.errors import Cancelled, LinocutError
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("linocut.cli.generate:command", "Draw pictures from prompts."),
     "quantize": ("linocut.cli.quantize:command", "Turn a model folder into a binary or ternary one."),
+    "convert": ("linocut.cli.convert:command", "Convert a model from and to the forms of other programs."),
     "inspect": ("linocut.cli.inspect:command", "List a model's tensors, sizes and bits per weight; verify them."),
     "doctor": ("linocut.cli.doctor:command", "Check this machine, its libraries and every kernel."),
     "plan": ("linocut.cli.plan:command", "Predict size on disk and peak memory before loading."),
