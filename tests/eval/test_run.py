@@ -138,7 +138,7 @@ def test_shards_with_mistakes(text):
         Shard.parse(text)
 
 
-def test_another_run_in_the_folder_is_refused(whole, arm, tiny_model):
+def test_another_run_in_the_folder_is_refused(whole, arm, tiny_model, monkeypatch):
     facts = {"detector": "hash", "images": IMAGES, "arms": {}}
     with pytest.raises(UsageError, match="holds another run \\(detector was 'hash', now 'other'\\)"):
         describe(whole, PROMPTS, facts | {"detector": "other"})
@@ -146,6 +146,11 @@ def test_another_run_in_the_folder_is_refused(whole, arm, tiny_model):
         describe(whole, PROMPTS[1:], facts)
     with pytest.raises(UsageError, match="tiny was another model or drew otherwise"):
         describe(whole, PROMPTS, facts | {"arms": {"tiny": Arm("tiny", str(tiny_model), steps=2).facts}})
+    with monkeypatch.context() as patch:
+        patch.setenv("LINOCUT_KERNEL", "reference")
+        slow = Arm("tiny", str(tiny_model), steps=1).facts
+    with pytest.raises(UsageError, match="drew otherwise"):
+        describe(whole, PROMPTS, facts | {"arms": {"tiny": slow}})
     describe(whole, PROMPTS, facts | {"arms": {"second": arm.facts}})
     assert set(json.loads((whole / "run.json").read_text())["arms"]) == {"tiny", "second"}
 
@@ -196,7 +201,9 @@ def test_against_results_of_before(whole, arm, tmp_path):
     assert (compared["first"], compared["second"]) == ("teacher", "tiny")
     assert compared["retained"]["value"] == pytest.approx(report["scores"]["tiny"]["overall"]["value"])
     assert report["scores"]["teacher"]["overall"]["value"] == 1.0
-    assert make_report(whole, whole / "tiny")["comparisons"][0]["difference"]["value"] == 0.0
+    itself = make_report(whole, whole / "tiny")
+    assert itself["comparisons"][0]["difference"]["value"] == 0.0
+    assert set(itself["scores"]) == {"tiny before", "tiny"}
     earlier.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     with pytest.raises(UsageError, match="teacher: 1 of 24 pictures are not judged yet"):
         make_report(whole, earlier)

@@ -59,8 +59,11 @@ class Arm:
     @property
     def facts(self) -> dict[str, Any]:
         """What decides its pictures, for the description of a run."""
-        return {"model": self.pipe.folder.name, "hash": self.pipe.model_hash, "width": self.request.width,
-                "height": self.request.height, "steps": self.request.steps}
+        request, folder = self.request, self.pipe.folder
+        side = AutoencoderConfig.from_dict(folder.config("vae")).token_side
+        tokens = (request.height // side) * (request.width // side) + int(folder.settings["text_length"])
+        return {"model": folder.name, "hash": self.pipe.model_hash, "width": request.width, "height": request.height,
+                "steps": request.steps, "kernel": self.pipe.kernel(tokens)}
 
     def draw(self, shots: Sequence[Shot]) -> Iterator[Image]:
         """A picture per shot, in order."""

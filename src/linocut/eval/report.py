@@ -56,7 +56,9 @@ def make_report(root: Path, baseline: Path | None = None) -> dict[str, Any]:
     if baseline is not None:
         files = sorted(baseline.glob("*.jsonl")) if baseline.is_dir() else [baseline]
         lines = [line for file in files for line in read_results(file)]
-        arms.insert(0, gather(lines, prompts, images, baseline.stem if baseline.is_file() else baseline.name))
+        label = baseline.stem if baseline.is_file() else baseline.name
+        label += " before" if label in description["arms"] else ""
+        arms.insert(0, gather(lines, prompts, images, label))
     tasks = np.array([GENEVAL_TASKS.index(metadata["tag"]) for metadata in prompts])
     estimates = scores(np.stack([arm.correct.mean(1) for arm in arms], axis=1), tasks)
     return description | {
