@@ -44,11 +44,12 @@ $(VENV)/.run: $(VENV)/.created constraints.txt $(NATIVE)
 $(VENV)/.test: $(VENV)/.run
 	@echo "installing what the tests need ..."
 	scripts/prepare_debian.sh --tests $(BIN)/python >/dev/null
-	$(BIN)/python -c '$(REQUIREMENTS)' test release | $(PIP) --requirement /dev/stdin
+	$(BIN)/python -c '$(REQUIREMENTS)' test serve release | $(PIP) --requirement /dev/stdin
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.run
 	$(PIP) ruff mypy
+	$(BIN)/python -c '$(REQUIREMENTS)' serve | $(PIP) --requirement /dev/stdin
 	@touch $@
 
 build: $(VENV)/.run

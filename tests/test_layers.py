@@ -1,5 +1,5 @@
 """Imports run one way:
-formats -> quantize -> kernels -> models -> pipeline -> {cli, studio, eval, train, integrations}.
+formats -> quantize -> kernels -> models -> pipeline -> {cli, server, eval, train, integrations}.
 
 The order is read off the source by `ast`, so imports inside functions count too. What it buys: any inner layer can be
 read, tested and replaced without knowing what is built on it.
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "linocut"
 LAYERS = ("formats", "quantize", "kernels", "models", "pipeline")
-OUTER = ("cli", "studio", "eval", "train", "integrations")
+OUTER = ("cli", "server", "eval", "train", "integrations")
 FREE_FOR_ALL = {"errors", "__version__"}
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -21,6 +21,7 @@ from linocut.errors import Cancelled, LinocutError
 # name -> (module:attribute, one line of help). The help is written here so that listing commands imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("linocut.cli.generate:command", "Draw pictures from prompts."),
+    "serve": ("linocut.cli.serve:command", "Open the web studio and the HTTP API."),
     "quantize": ("linocut.cli.quantize:command", "Turn a model folder into a binary or ternary one."),
     "convert": ("linocut.cli.convert:command", "Convert a model from and to the forms of other programs."),
     "inspect": ("linocut.cli.inspect:command", "List a model's tensors, sizes and bits per weight; verify them."),

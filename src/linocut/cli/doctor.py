@@ -25,9 +25,10 @@ def command(context: click.Context, brief: bool, as_json: bool) -> None:
     from rich.console import Console
 
     from linocut.cli import diagnosis
+    from linocut.pipeline import machine
 
     console = Console(highlight=False, quiet=as_json, soft_wrap=True)
-    report: Facts = {"version": _version(), "machine": diagnosis.machine(), "native": diagnosis.native_module(),
+    report: Facts = {"version": _version(), "machine": machine.facts(), "native": diagnosis.native_module(),
                      "libraries": diagnosis.libraries()}
     _show_machine(console, report)
     _show_libraries(console, report)

@@ -107,8 +107,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _REQUIRED = {"model", "model_hash", "prompt", "seed", "width", "height", "steps"}
 
 
-def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Return the recipe inside a PNG.
+def read_recipe(path: str | os.PathLike[str] | BinaryIO) -> Recipe:
+    """Return the recipe inside a PNG, given as a path or as an open file.
 
     Raises:
         UsageError: there is no such file, or it is no PNG, or it carries no recipe.

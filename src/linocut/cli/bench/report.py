@@ -18,9 +18,9 @@ PACKAGES = ("torch", "numpy", "stable_diffusion_cpp_python")
 
 def machine(threads: int) -> dict[str, Any]:
     """The processor and what it can do. No names of hosts or users, no paths."""
-    from linocut.cli import diagnosis
+    from linocut.pipeline.machine import facts as machine_facts
 
-    facts = diagnosis.machine()
+    facts = machine_facts()
     kept = ("processor", "architecture", "usable_cores", "cpu_features", "memory_bytes")
     return {key: facts[key] for key in kept} | {"threads": threads, "system": platform.system()}
 
