@@ -111,6 +111,16 @@ def test_layers_of_the_text_encoder_leave_memory_one_by_one(tmp_path: Path) -> N
     assert plans[1] < 0.35 * plans[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")
+def test_the_stored_decoder_leaves_memory_when_it_is_converted(tmp_path: Path) -> None:
+    vae = replace(TINY.vae, block_out_channels=(64, 128, 128, 128))
+    write_synthetic(tmp_path / "model", replace(TINY, vae=vae))
+    file = "vae/diffusion_pytorch_model.safetensors"
+    size = (tmp_path / "model" / file).stat().st_size
+    for most in _resident_while(tmp_path / "model", file, "decode"):
+        assert most < 0.3 * size
+
+
 def _resident_while(model: Path, file: str, phase: str) -> list[int]:
     """Most resident bytes of a model's file in a phase of two pictures, with networks kept in memory and dropped."""
     done = subprocess.run([sys.executable, "-c", _RESIDENT, str(model), file, phase], capture_output=True, text=True,

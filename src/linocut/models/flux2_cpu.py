@@ -41,7 +41,8 @@ def runner(model: Flux2Transformer, rows: int | None = None) -> Flux2Transformer
     `rows` is how many tokens the fused step takes at a time (default: all; at least 512).
     """
     dense = dense_layer(model.transformer_blocks) or dense_layer(model.single_transformer_blocks)
-    reason = fused.why_not(model.config.attention_head_dim, dense, model.x_embedder.weight.device.type)
+    device = next(iter(model.state_dict().values())).device.type
+    reason = fused.why_not(model.config.attention_head_dim, dense, device)
     return FusedTransformer(model, rows) if reason is None else model
 
 

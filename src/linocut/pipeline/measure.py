@@ -21,7 +21,8 @@ _SAMPLE_SECONDS = 0.005
 class PhaseTiming:
     """What one phase took: wall seconds (`load_seconds` of them to open weights), and its peak of resident bytes.
 
-    `cached` counts the prompts whose features came from the prompt cache.
+    `cached` counts the prompts whose features came from the prompt cache. `spans` are the times of its beginning and
+    end, in seconds of the system's monotonic clock, for each time the phase ran.
     """
 
     seconds: float = 0.0
@@ -29,10 +30,12 @@ class PhaseTiming:
     peak_rss: int = 0
     steps: list[float] = field(default_factory=list)
     cached: int = 0
+    spans: list[tuple[float, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {"seconds": round(self.seconds, 4), "load_seconds": round(self.load_seconds, 4),
-                                  "peak_rss": self.peak_rss}
+                                  "peak_rss": self.peak_rss,
+                                  "spans": [[round(when, 4) for when in span] for span in self.spans]}
         if self.steps:
             values["steps"] = [round(step, 4) for step in self.steps]
         if self.cached:
@@ -49,12 +52,13 @@ class Meter:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[PhaseTiming]:
         timing = self.phases.setdefault(name, PhaseTiming())
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.monotonic()
         with _peak() as peak:
             try:
                 yield timing
             finally:
                 timing.seconds += time.perf_counter() - start
+                timing.spans.append((began, time.monotonic()))
         timing.peak_rss = max(timing.peak_rss, peak[0])
 
 

@@ -40,6 +40,7 @@ _FLUX2_TIME = (
     r"(double_stream_modulation_(img|txt)|single_stream_modulation|norm_out)\.linear",
     r"time_guidance_embed\.timestep_embedder\.linear_2",
 )
+_FLUX2_EDGES = r"context_embedder|x_embedder|proj_out"
 _QWEN3_PACKED = (
     r"(model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     r"(model\.)?embed_tokens",
@@ -91,6 +92,10 @@ class Policy:
         if name == "flux2-embedded":
             rules += [Rule(pattern, "affine4") for pattern in _FLUX2_TIME]
         return cls(tuple(rules), name)
+
+    def with_edges(self, encoding: str) -> Policy:
+        """This policy with `encoding` for what stands before and after FLUX.2's blocks, which presets leave dense."""
+        return Policy((*self.rules, Rule(_FLUX2_EDGES, encoding)), self.name)
 
     def decide(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
         """(encoding, reason) for one weight; `name` is the module path, `shape` the weight's shape (O, N)."""

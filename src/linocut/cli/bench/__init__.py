@@ -12,6 +12,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "kernels": ("linocut.cli.bench.kernels:command", "Packed products against the int8 peak and against torch's."),
     "stages": ("linocut.cli.bench.stages:command", "Reading a prompt, a step, decoding: against torch."),
     "image": ("linocut.cli.bench.image:command", "From a cold process to a PNG, against others."),
+    "memory": ("linocut.cli.bench.memory:command", "A process's memory over time, beside torch in bfloat16."),
     "plot": ("linocut.cli.bench.plot:command", "Draw results as a picture."),
     "synthetic": ("linocut.cli.bench.synthetic:command", "Make a model of random weights; draw with it and measure."),
 }

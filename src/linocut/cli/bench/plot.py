@@ -18,7 +18,7 @@ COLOURS = {"binary": "#12355b", "ternary": "#d72638", "affine4": "#d72638", "lin
               help="The picture to write: .png, .svg or .pdf.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def command(results: tuple[Path, ...], output: Path, force: bool) -> None:
-    """Draw RESULTS, files that 'kernels', 'stages' or 'image' wrote with -o. Needs matplotlib."""
+    """Draw RESULTS, files that 'kernels', 'stages', 'image' or 'memory' wrote with -o. Needs matplotlib."""
     from linocut.cli.bench import report
     from linocut.errors import UsageError
 
@@ -38,7 +38,7 @@ def command(results: tuple[Path, ...], output: Path, force: bool) -> None:
         panels += _panels(content, path)
     figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
     for axes, (kind, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        (_draw_kernels if kind == "kernels" else _draw_bars)(axes, data)
+        {"kernels": _draw_kernels, "lines": _draw_lines, "bars": _draw_bars}[kind](axes, data)
     described = dict.fromkeys(f"{each['processor']}, {each['threads']} threads" for each in machines)
     figure.suptitle("; ".join(described), fontsize=9, color="#444444")
     figure.savefig(output, dpi=150)
@@ -66,6 +66,9 @@ def _panels(content: dict[str, Any], path: Path) -> list[tuple[str, Any]]:
     if kind == "image":
         title = f"picture of {size}, {content['settings']['steps']} steps"
         return [("bars", (title, {name: found for name, found in results.items() if "/" not in name}))]
+    if kind == "memory":
+        title = f"resident memory, picture of {size}, {content['settings']['encoding']}"
+        return [("lines", (title, results))]
     raise UsageError(f"{path}: there is no plot of {kind!r}")
 
 
@@ -85,6 +88,21 @@ def _draw_kernels(axes: Any, data: tuple[str, list[dict[str, Any]]]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
     axes.set_ylabel("GOP/s")
+    axes.set_title(title)
+    axes.legend(fontsize=7)
+
+
+def _draw_lines(axes: Any, data: tuple[str, dict[str, Any]]) -> None:
+    """Memory over time as a share of the whole, a line for each arm; their seconds are in the legend."""
+    title, found = data
+    for name, each in found.items():
+        times, values = zip(*each["rss"], strict=True)
+        axes.plot([when / each["seconds"] for when in times], [value / 1e9 for value in values],
+                  color=COLOURS.get(name), label=f"{name}: mean {each['mean'] / 1e9:.2f} GB, {each['seconds']:.0f} s")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the run's time")
+    axes.set_ylabel("GB")
     axes.set_title(title)
     axes.legend(fontsize=7)
 

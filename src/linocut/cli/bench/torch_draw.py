@@ -4,11 +4,13 @@
 
 The weights are random, of the true shapes. bf16: all in bfloat16; fp32: the same file, made float32 when it is opened;
 int8: a file that was quantized beforehand, int8 with a scale per row for the Linears of all blocks and bfloat16 for the
-rest. The networks are opened one after another and dropped again, as linocut does. Prints the seconds of its steps.
+rest. The networks are opened one after another and dropped again, as linocut does. Prints the seconds of its steps and
+when its phases began and ended.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -121,27 +123,33 @@ def _denoise(network: Any, text: Tensor, grid: tuple[int, int], steps: int) -> t
 
 @torch.inference_mode()
 def draw(model: ModelFolder, weights: Path, precision: str, width: int, height: int,
-         steps: int) -> tuple[Tensor, list[float]]:
-    """Pixels [3, H, W] in [0, 1], and the seconds of each step."""
+         steps: int) -> tuple[Tensor, dict[str, Any]]:
+    """Pixels [3, H, W] in [0, 1]; the seconds of each step, and the beginning and end of each phase."""
+    began = [time.monotonic()]
     dtype, length = baselines.DTYPES[precision], int(model.settings["text_length"])
     vae = AutoencoderConfig.from_dict(model.config("vae"))
     ids, mask = PromptTokenizer.from_folder(model.path("tokenizer"), length).encode([PROMPT])
     text = _open(model, weights, "text_encoder", precision)(ids, mask).to(dtype)
     give_memory_back()
+    began.append(time.monotonic())
     grid = (height // vae.token_side, width // vae.token_side)
     latents, seconds = _denoise(_open(model, weights, "transformer", precision), text, grid, steps)
     give_memory_back()
+    began.append(time.monotonic())
     with model.checkpoint("vae") as checkpoint:
         decoder = baselines.plain(build_and_load(Autoencoder, vae, checkpoint, dtype=dtype))
-    return decoder.image_from_latents(latents)[0] / 2 + 0.5, seconds
+    pixels = decoder.image_from_latents(latents)[0] / 2 + 0.5
+    began.append(time.monotonic())
+    spans = dict(zip(("encode", "denoise", "decode"), itertools.pairwise(began), strict=True))
+    return pixels, {"steps": seconds, "spans": spans}
 
 
 def main() -> None:
     precision, model, weights, picture, width, height, steps, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    pixels, seconds = draw(ModelFolder.open(model), Path(weights), precision, int(width), int(height), int(steps))
+    pixels, said = draw(ModelFolder.open(model), Path(weights), precision, int(width), int(height), int(steps))
     to_image(pixels).save(picture)
-    print(json.dumps({"steps": seconds}))
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":
