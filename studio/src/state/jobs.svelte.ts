@@ -32,7 +32,7 @@ class Jobs {
       if (job && !job.images.some((each) => each.id === image.id)) job.images.push(image);
     });
     events.on("preview", (preview) => {
-      (this.#previews[preview.job] ??= []).push(preview);
+      this.#previews[preview.job] = [...(this.#previews[preview.job] ?? []), preview];
     });
   }
 

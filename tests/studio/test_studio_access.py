@@ -1,0 +1,82 @@
+"""Everybody can use the studio: no serious finding of axe on any screen, narrow or wide, light or dark; all by keyboard.
+
+axe is Deque's rule engine, as `axe-playwright-python` packs it.
+"""
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+pytestmark = pytest.mark.slow
+
+SCREENS = ("create", "gallery", "compare", "machine")
+
+
+def serious(page: Page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [f"{each['id']}: {node['html']}" for each in found if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]]
+
+
+def test_axe_would_notice(open_studio):
+    page = open_studio()
+    page.evaluate("document.body.append(document.createElement('button'))")
+    assert serious(page)
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("size", ["phone", "wide"])
+def test_no_serious_finding(open_studio, size, colours):
+    page = open_studio(size, color_scheme=colours)
+    page.locator("textarea#prompt").fill("a photo of a yellow car")
+    page.locator("textarea#prompt").press("Control+Enter")
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    assert serious(page) == []
+    expect(page.get_by_role("button", name="Look at this picture")).to_be_visible()
+    for screen in SCREENS:
+        page.evaluate("screen => location.hash = '/' + screen", screen)
+        expect(page.locator("h1")).to_have_count(1)
+        expect(page.get_by_text("…", exact=False)).to_have_count(0)
+        assert serious(page) == [], screen
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{screen} scrolls sideways"
+
+    page.evaluate("location.hash = '/gallery'")
+    page.get_by_role("button", name="a photo of a yellow car").first.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert serious(page) == []
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Open on a phone").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert serious(page) == []
+
+
+def test_every_control_has_a_name_and_can_be_reached(open_studio):
+    page = open_studio()
+    expect(page.get_by_role("radio", name="embedded-binary")).to_be_attached()
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label')"
+                                  " || document.activeElement.textContent.trim()"))
+    assert {"prompt", "seed", "Keep this seed", "Gallery", "History"} & reached >= {"prompt", "seed", "Keep this seed",
+                                                                                    "Gallery"}
+
+
+def test_keys_lead_to_the_screens(open_studio):
+    page = open_studio()
+    page.locator("main").focus()
+    for key, title in (("2", "Gallery"), ("3", "Compare"), ("4", "What the machine does")):
+        page.keyboard.press(key)
+        expect(page.get_by_role("heading", level=1, name=title)).to_be_visible()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_a_page_zoomed_to_200_percent_stays_usable(open_studio):
+    page = open_studio("zoomed")
+    for screen in SCREENS:
+        page.evaluate("screen => location.hash = '/' + screen", screen)
+        expect(page.locator("h1")).to_have_count(1)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{screen} scrolls sideways"

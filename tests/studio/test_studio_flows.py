@@ -1,0 +1,210 @@
+"""What people do in the studio, in a real browser against the real server and the embedded models."""
+
+import csv
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from linocut.pipeline.png import read_recipe
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "two red apples and a blue cup"
+
+
+def draw(page: Page, prompt: str, seed: int | None = None) -> None:
+    """Draw by keyboard, and wait for the picture."""
+    field = page.get_by_label("What to draw", exact=True).and_(page.locator("textarea"))
+    field.fill(prompt)
+    if seed is not None:
+        page.get_by_label("Seed", exact=True).fill(str(seed))
+        page.get_by_label("Seed", exact=True).press("Tab")
+    field.press("Control+Enter")
+    expect(page.get_by_role("button", name="Look at this picture").get_by_alt_text(prompt)).to_be_visible()
+
+
+def test_a_picture_is_drawn_and_kept(open_studio, tmp_path):
+    page = open_studio()
+    draw(page, PROMPT, seed=11)
+    expect(page.get_by_role("list", name="Previews of the steps").get_by_role("button")).to_have_count(8)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    path = tmp_path / "picture.png"
+    download.value.save_as(path)
+    recipe = read_recipe(path)
+    assert (recipe.prompt, recipe.seed, recipe.model) == (PROMPT, 11, "embedded")
+
+    # The same file, given back to a fresh studio, brings all settings back.
+    other = open_studio()
+    other.get_by_label("Recall the settings of a picture").set_input_files(path)
+    expect(other.locator("textarea#prompt")).to_have_value(PROMPT)
+    expect(other.get_by_label("Seed", exact=True)).to_have_value("11")
+    expect(other.get_by_role("button", name="Keep this seed")).to_have_attribute("aria-pressed", "true")
+
+
+def test_a_dropped_picture_without_recipe_is_refused_in_words(open_studio, tmp_path):
+    page = open_studio()
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
+    page.get_by_label("Recall the settings of a picture").set_input_files(tmp_path / "plain.png")
+    expect(page.get_by_role("alert")).to_contain_text("recipe")
+
+
+def test_the_history_and_the_seed(open_studio):
+    page = open_studio()
+    draw(page, "a purple backpack")
+    seed = page.get_by_label("Seed", exact=True).input_value()
+    draw(page, "a photo of a yellow car")
+    assert page.get_by_label("Seed", exact=True).input_value() != seed, "an open seed is rolled for each picture"
+    page.get_by_role("button", name="Keep this seed").click()
+    kept = page.get_by_label("Seed", exact=True).input_value()
+    draw(page, "a purple backpack")
+    assert page.get_by_label("Seed", exact=True).input_value() == kept
+
+    field = page.locator("textarea#prompt")
+    field.fill("")
+    field.press("ArrowUp")
+    expect(field).to_have_value("a purple backpack")
+    field.press("Home")
+    field.press("ArrowUp")
+    expect(field).to_have_value("a photo of a yellow car")
+    page.reload()
+    expect(field).to_have_value("a photo of a yellow car")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(kept)
+
+
+def test_the_queue_is_reordered_and_cancelled_by_keyboard(open_studio):
+    page = open_studio()
+    page.get_by_label("Steps", exact=True).fill("100")
+    page.get_by_label("Steps", exact=True).press("Tab")
+    for prompt in ("a red car", "a blue car", "a green car"):
+        page.locator("textarea#prompt").fill(prompt)
+        page.locator("textarea#prompt").press("Control+Enter")
+    waiting = page.get_by_role("region", name="Waiting").get_by_role("listitem")
+    expect(waiting).to_have_count(2)
+    expect(waiting.first).to_contain_text("a blue car")
+    page.get_by_role("button", name="Draw earlier: a green car").press("Enter")
+    expect(waiting.first).to_contain_text("a green car")
+    page.locator("textarea#prompt").press("Escape")
+    expect(waiting).to_have_count(1)
+    expect(waiting.first).to_contain_text("a blue car")
+    page.get_by_role("button", name="Cancel: a blue car").click()
+    expect(waiting).to_have_count(0)
+    page.locator("textarea#prompt").press("Escape")
+    expect(page.get_by_role("button", name=re.compile("^Cancel"))).to_have_count(0)
+
+
+def test_the_size_can_be_free(open_studio):
+    page = open_studio()
+    page.get_by_text("Free", exact=True).click()
+    page.get_by_label("Width in pixels").fill("200")
+    page.get_by_label("Width in pixels").press("Tab")
+    expect(page.get_by_label("Width in pixels")).to_have_value("192")
+    expect(page.get_by_text("192 × 256 takes up to")).to_be_visible()
+    draw(page, "a green frog on a white background")
+    picture = page.get_by_alt_text("a green frog on a white background")
+    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [192, 256]
+
+
+def test_the_gallery(open_studio, tmp_path):
+    page = open_studio()
+    draw(page, "three oranges and a purple book")
+    draw(page, "a red train left of a blue boat")
+    page.keyboard.press("Tab")
+    page.goto(page.url.split("#")[0] + "#/gallery")
+    trains = page.get_by_role("button", name="a red train left of a blue boat")
+    expect(trains).to_have_count(1)
+
+    page.get_by_role("searchbox").fill("oranges")
+    expect(trains).to_have_count(0)
+    oranges = page.get_by_role("button", name="three oranges and a purple book")
+    expect(oranges).to_have_count(1)
+    oranges.click()
+    view = page.get_by_role("dialog")
+    expect(view.get_by_text("three oranges and a purple book").first).to_be_visible()
+    page.keyboard.press("f")
+    expect(view.get_by_role("button", name="Favourite")).to_have_attribute("aria-pressed", "true")
+    view.get_by_label("Add a tag").fill("fruit")
+    view.get_by_label("Add a tag").press("Enter")
+    expect(view.get_by_role("button", name="Remove the tag fruit")).to_be_visible()
+    view.get_by_text("The recipe inside the PNG").click()
+    expect(view.get_by_text("model_hash")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(view).to_have_count(0)
+
+    page.get_by_role("searchbox").fill("")
+    page.get_by_role("button", name="Favourites").click()
+    expect(oranges).to_have_count(1)
+    expect(trains).to_have_count(0)
+    page.get_by_role("button", name="Favourites").click()
+
+    page.get_by_role("button", name="Select").click()
+    trains.click()
+    oranges.click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export ZIP").click()
+    path = tmp_path / "pictures.zip"
+    download.value.save_as(path)
+    with zipfile.ZipFile(path) as archive:
+        assert len([name for name in archive.namelist() if name.endswith(".png")]) == 2
+        assert len(json.loads(archive.read("recipes.json"))) == 2
+
+    page.get_by_role("button", name="Delete").click()
+    expect(trains).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(trains).to_have_count(1)
+    trains.click()
+    page.get_by_role("button", name="Use these settings").click()
+    expect(page.locator("textarea#prompt")).to_have_value("a red train left of a blue boat")
+
+
+def test_two_models_under_a_slider(open_studio):
+    page = open_studio(path="/#/compare")
+    page.get_by_label("What both draw").fill(PROMPT)
+    page.get_by_role("button", name="Draw with both").click()
+    line = page.get_by_role("slider", name="Line between embedded and embedded-binary")
+    expect(line).to_have_value("50")
+    left, right = (page.get_by_alt_text(f"{name}: {PROMPT}", exact=True) for name in ("embedded", "embedded-binary"))
+    assert left.get_attribute("src") != right.get_attribute("src")
+    line.press("End")
+    expect(line).to_have_value("100")
+    assert left.evaluate("image => getComputedStyle(image).clipPath") == "inset(0px 0% 0px 0px)"
+
+
+def test_a_blind_vote_is_exported(open_studio, tmp_path):
+    page = open_studio(path="/#/compare")
+    page.get_by_role("button", name="Blind vote").click()
+    page.get_by_label("Prompts, one a line").fill("a purple backpack\na photo of a yellow car")
+    page.get_by_role("button", name="Draw 2 pairs").click()
+    ballot = page.get_by_role("region", name="The pair to vote on")
+    expect(ballot.get_by_role("heading", name="a purple backpack")).to_be_visible()
+    expect(ballot.get_by_text("embedded")).to_have_count(0)
+    page.keyboard.press("ArrowLeft")
+    expect(ballot.get_by_role("heading", name="a photo of a yellow car")).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_role("heading", name="2 votes")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export CSV").click()
+    path = Path(tmp_path / "votes.csv")
+    download.value.save_as(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["choice"] for row in rows] == ["left", "tie"]
+    assert rows[0]["winner"] == rows[0]["left"]
+    assert rows[1]["winner"] == ""
+    assert {rows[0]["left"], rows[0]["right"]} == {"embedded", "embedded-binary"}
+
+
+def test_the_machine_says_what_it_does(open_studio):
+    page = open_studio(path="/#/create")
+    draw(page, "a purple backpack")
+    page.get_by_role("link", name="Machine").click()
+    expect(page.get_by_role("heading", name="No network calls")).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("Memory of linocut"))).to_be_visible()
+    expect(page.get_by_role("cell", name="transformer").first).to_be_visible()
+    page.get_by_role("button", name="Open on a phone").last.click()
+    expect(page.get_by_role("dialog").get_by_text("linocut serve --host 0.0.0.0")).to_be_visible()
