@@ -3,7 +3,8 @@
 # apt-get and the rights for it are there; otherwise one line names the packages. Prints the Python to use on stdout, all
 # else on stderr. Fails only without Python, venv or make: the C++ module is optional.
 #
-# With --tests also to the emulators and the cross compiler with which tests/kernels runs the C++ kernels on other CPUs.
+# With --tests also to the emulators and the cross compiler with which tests/kernels runs the C++ kernels on other CPUs,
+# and to the browser with which tests/studio uses the studio.
 #
 #   scripts/prepare_debian.sh [--tests] [PYTHON]
 set -u
@@ -36,13 +37,14 @@ has_compiler() {
 }
 
 # Sets to Debian packages `needed` (without these nothing works), `native` (without these there is no C++ module) and
-# `emulators` (without these some tests fail).
+# `for_tests` (without these some tests fail).
 look() {
-    needed="" native="" emulators=""
+    needed="" native="" for_tests=""
     if [ -n "$tests" ]; then
-        command -v qemu-x86_64 >/dev/null 2>&1 && command -v qemu-aarch64 >/dev/null 2>&1 || emulators="qemu-user"
-        command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || emulators="$emulators g++-aarch64-linux-gnu"
-        emulators=${emulators# }
+        command -v qemu-x86_64 >/dev/null 2>&1 && command -v qemu-aarch64 >/dev/null 2>&1 || for_tests="qemu-user"
+        command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || for_tests="$for_tests g++-aarch64-linux-gnu"
+        command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || for_tests="$for_tests chromium"
+        for_tests=${for_tests# }
     fi
     command -v make >/dev/null 2>&1 || needed="make"
     [ -n "$python" ] || python=$(find_python)
@@ -76,9 +78,9 @@ if [ -n "$python" ] && ! new_enough "$python"; then
     exit 1
 fi
 look
-if [ -n "$needed$native$emulators" ]; then
+if [ -n "$needed$native$for_tests" ]; then
     # shellcheck disable=SC2086  # lists of packages
-    install $needed $native $emulators || true
+    install $needed $native $for_tests || true
     look
 fi
 if [ -n "$needed" ]; then
@@ -90,7 +92,7 @@ if [ -n "$native" ]; then
     echo "going on without the C++ module, drawing is slower with the reference kernels;" \
         "to have it: apt-get install $native, then make clean and again" >&2
 fi
-if [ -n "$emulators" ]; then
-    echo "tests of the C++ kernels on other CPUs will fail; to have them pass: apt-get install $emulators" >&2
+if [ -n "$for_tests" ]; then
+    echo "tests of the C++ kernels on other CPUs, or of the studio, will fail; to have them pass: apt-get install $for_tests" >&2
 fi
 echo "$python"
