@@ -1,4 +1,4 @@
-"""Everybody can use the studio: no serious finding of axe on any screen, narrow or wide, light or dark; all by keyboard.
+"""Everybody can use the studio: axe finds nothing serious, narrow or wide, light or dark, and keys reach everything.
 
 axe is Deque's rule engine, as `axe-playwright-python` packs it.
 """

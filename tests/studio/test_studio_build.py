@@ -61,8 +61,8 @@ def test_the_sources_give_the_committed_build(tmp_path):
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     npm = programs.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     for command in (["ci"], ["run", "check"], ["run", "build"]):
-        done = subprocess.run([programs / "node", npm, *command], cwd=studio, env=environment, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run([programs / "node", npm, *command], cwd=studio, env=environment, capture_output=True,
+                              text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     fresh = files(tmp_path / "src" / "linocut" / "server" / "studio")
     committed = files(BUILT)
