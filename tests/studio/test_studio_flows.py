@@ -100,7 +100,7 @@ def test_the_queue_is_reordered_and_cancelled_by_keyboard(open_studio):
 
 def test_the_size_can_be_free(open_studio):
     page = open_studio()
-    page.get_by_text("Free", exact=True).click()
+    page.get_by_role("radio", name="Free").check()
     page.get_by_label("Width in pixels").fill("200")
     page.get_by_label("Width in pixels").press("Tab")
     expect(page.get_by_label("Width in pixels")).to_have_value("192")
