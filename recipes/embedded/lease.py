@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path("/tmp/lease")
+RECIPE = "recipes/embedded/recipe.toml"
+SHIPPED_VAE = Path("src/linocut/data/embedded/vae/diffusion_pytorch_model.safetensors")
 PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
 GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
 STUDENTS = ("ternary", "binary")
@@ -223,9 +225,10 @@ def start(options: argparse.Namespace) -> None:
     shutil.copytree("recipes", root / "code" / "recipes", ignore=unneeded)
     shutil.copytree(options.sprites, root / "code" / "sprites")
     vae = root / "run" / "vae" / "model.safetensors"
-    if options.vae.is_file() and not vae.exists():
+    before = options.vae or (SHIPPED_VAE if options.recipe == RECIPE else None)
+    if before and not vae.exists():
         vae.parent.mkdir()
-        shutil.copy(options.vae, vae)
+        shutil.copy(before, vae)
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
                                                                 options.budget))))
     (root / "started").write_text(str(time.time()))
@@ -294,10 +297,10 @@ def main() -> None:
         each = commands.add_parser(name)
         each.add_argument("--root", type=Path, default=ROOT)
         if name == "start":
-            each.add_argument("--recipe", default="recipes/embedded/recipe.toml")
+            each.add_argument("--recipe", default=RECIPE)
             each.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
-            each.add_argument("--vae", type=Path, help="autoencoder to go on from", default=Path(
-                "src/linocut/data/embedded/vae/diffusion_pytorch_model.safetensors"))
+            each.add_argument("--vae", type=Path, help="autoencoder to go on from; of the embedded recipe it is the "
+                                                       "one that ships")
             each.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
             each.add_argument("--devices", type=int, default=2)
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
