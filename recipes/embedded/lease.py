@@ -6,10 +6,11 @@
 
 `start` copies the code away and begins the stages with one process per GPU (`--devices`): autoencoder, teacher, then
 both students side by side, export. The steps of each stage end at a time counted from the start, whatever came before.
-While the autoencoder trains, a rehearsal runs every later stage for a few steps, so that mistakes show in the first
-minutes and everything is compiled by the time it counts. A stage that breaks is run once more from its saved state;
-another `start` goes on with what is not done. `watch` returns early when something fails. It all needs nothing but
-Python's library, and can be tried without a GPU:
+Beside the first stage a rehearsal runs all of them for a few steps, so that mistakes show in the first minutes and
+everything is compiled by the time it counts. A stage that breaks is run once more from its saved state; another
+`start` goes on with what is not done. `watch` returns early when something fails. A machine that goes back when it
+idles takes everything with it: call `watch` again at once, and take the teacher home as soon as it is packed. It all
+needs nothing but Python's library, and can be tried without a GPU:
 
     python recipes/embedded/lease.py start --recipe recipes/tiny-cpu.toml --device cpu --budget 200 --root /tmp/try
 """
@@ -51,10 +52,11 @@ class Plan:
     students: float
 
     @classmethod
-    def make(cls, recipe: str, device: str, devices: int, budget: float) -> Plan:
+    def make(cls, recipe: str, device: str, devices: int, budget: float, have_vae: bool = False) -> Plan:
         """Shares of a budget: the autoencoder goes on from what ships and needs little, the teacher needs most."""
         students = budget - min(75.0, 0.2 * budget)
-        return cls(recipe, device, devices, budget, min(95.0, 0.2 * budget), students - 0.36 * budget, students)
+        vae = 0.0 if have_vae else min(95.0, 0.2 * budget)
+        return cls(recipe, device, devices, budget, vae, students - 0.36 * budget, students)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ class Conductor:
 
     def conduct(self) -> None:
         plan = self.plan
-        if not (self.folder / "vae.done").exists():
-            rehearsal = threading.Thread(target=self.rehearse, daemon=True)
-            rehearsal.start()
-            if self.attempt("vae", plan.vae, self.together("vae", plan.vae)):
-                (self.folder / "vae.done").touch()
-                self.pack("vae", "vae")
+        if not (self.root / "rehearsal").exists():
+            threading.Thread(target=self.rehearse, daemon=True).start()
+        done = self.folder / "vae.done"
+        if not done.exists() and self.attempt("vae", plan.vae, self.together("vae", plan.vae)):
+            done.touch()
+            self.pack("vae", "vae")
         if not self.finished("teacher"):
             if not self.attempt("teacher", plan.teacher, self.together("teacher", plan.teacher)):
                 self.say("all done: nothing can follow without a teacher")
@@ -101,8 +103,8 @@ class Conductor:
         self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher"))
 
     def rehearse(self) -> None:
-        """Every stage but the autoencoder for a few steps, beside the autoencoder."""
-        late = self.plan.vae + 60
+        """Every stage for a few steps, beside the first one that counts; an autoencoder that is there is taken."""
+        late = self.plan.vae + max(60.0, 0.1 * self.plan.budget)
         if self.finished("vae"):
             shutil.copytree(self.folder / "vae", self.root / "rehearsal" / "vae", dirs_exist_ok=True)
             ended = []
@@ -224,13 +226,16 @@ def start(options: argparse.Namespace) -> None:
     shutil.copytree("src/linocut", root / "code" / "src" / "linocut", ignore=unneeded)
     shutil.copytree("recipes", root / "code" / "recipes", ignore=unneeded)
     shutil.copytree(options.sprites, root / "code" / "sprites")
-    vae = root / "run" / "vae" / "model.safetensors"
-    before = options.vae or (SHIPPED_VAE if options.recipe == RECIPE else None)
-    if before and not vae.exists():
-        vae.parent.mkdir()
-        shutil.copy(before, vae)
+    run = root / "run"
+    if options.have:
+        shutil.copytree(options.have, run, dirs_exist_ok=True)
+        (run / "vae.done").touch()
+    elif options.recipe == RECIPE and not (run / "vae").exists():
+        (run / "vae").mkdir()
+        shutil.copy(SHIPPED_VAE, run / "vae" / "model.safetensors")
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
-                                                                options.budget))))
+                                                                options.budget,
+                                                                bool(options.have)))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdin=subprocess.DEVNULL,
@@ -246,7 +251,7 @@ def watch(options: argparse.Namespace) -> None:
     before = events.read_text().count("FAILED") if events.exists() and options.patient else 0
     while time.time() < end:
         said = events.read_text() if events.exists() else ""
-        if "all done" in said or said.count("FAILED") > before:
+        if "all done" in said or said.count("FAILED") > before or (options.until and options.until in said):
             break
         time.sleep(0.5)
     logs = sorted(root.glob("logs/*.log"), key=lambda path: (path == events, path.stat().st_mtime))
@@ -299,14 +304,16 @@ def main() -> None:
         if name == "start":
             each.add_argument("--recipe", default=RECIPE)
             each.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
-            each.add_argument("--vae", type=Path, help="autoencoder to go on from; of the embedded recipe it is the "
-                                                       "one that ships")
+            each.add_argument("--have", type=Path, help="run folder with results to keep: vae, perhaps tokenizer and "
+                                                        "teacher (without it the embedded recipe's autoencoder goes on "
+                                                        "from the one that ships)")
             each.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
             each.add_argument("--devices", type=int, default=2)
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
         elif name == "watch":
             each.add_argument("--seconds", type=float, default=560)
             each.add_argument("--home", type=Path, help="folder for results")
+            each.add_argument("--until", help="return as soon as the events hold this text, such as 'packed teacher'")
             each.add_argument("--patient", action="store_true", help="do not return for failures of before")
         elif name == "join":
             each.add_argument("folder", type=Path)

@@ -25,6 +25,7 @@ def test_plans_leave_time_for_everything(budget):
         assert plan.teacher - plan.vae >= 500
         assert plan.students - plan.teacher >= 400
         assert budget - plan.students >= 70
+    assert lease.Plan.make("recipe.toml", "cuda", 2, budget, have_vae=True).vae == 0
 
 
 def conductor(root: Path) -> "lease.Conductor":
@@ -104,8 +105,7 @@ def test_the_whole_plan_at_toy_size_with_two_processes(tmp_path):
         return subprocess.run([sys.executable, str(SCRIPT), *words, "--root", str(root)], cwd=ROOT, text=True,
                               capture_output=True, check=True, timeout=400).stdout
 
-    call("start", "--recipe", str(recipe), "--sprites", str(sprites), "--device", "cpu", "--budget", "300", "--vae",
-         "none")
+    call("start", "--recipe", str(recipe), "--sprites", str(sprites), "--device", "cpu", "--budget", "300")
     said = call("watch", "--seconds", "300", "--home", str(tmp_path / "home"))
     assert "all done" in said, said
     assert "rehearsal done" in said

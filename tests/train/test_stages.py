@@ -26,6 +26,7 @@ from linocut.train.autoencoder import load_vae
 from linocut.train.corpus import make_scenes
 from linocut.train.dataset import LatentBank, make_tokenizer
 from linocut.train.export import FOLDERS, quantized
+from linocut.train.naming import names_of
 from linocut.train.optimize import Average
 from linocut.train.painter import Painter
 from linocut.train.recipe import Recipe
@@ -92,7 +93,7 @@ def test_teacher_has_learned(trained):
     bank = LatentBank.build(recipe, make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU),
                             SceneRenderer(trained.sprites, recipe.data.size), 0, CPU)
     torch.manual_seed(0)
-    latents, ids, mask = bank.sample(32)
+    latents, _, ids, mask = bank.sample(32)
     noise, sigma = torch.randn_like(latents), torch.rand(32)
     noisy = latents + sigma[:, None, None] * (noise - latents)
 
@@ -279,6 +280,7 @@ def test_captions_belong_to_their_pictures(trained):
     made = make_scenes(recipe, 0, recipe.data.scenes)
     images = renderer.draw(renderer.table(made.placements), renderer.looks(made.scenes))
     wanted = vae.latents_from_image(images).flatten(2).transpose(1, 2)
+    assert torch.equal(bank.names, names_of(renderer, renderer.table(made.placements), 16))
     error = (bank.latents.float() - wanted).square().mean((1, 2))
     assert float(error.max()) < 0.01 * float(wanted.square().mean())
     assert torch.equal(bank.captions.ids[::2].long(), tokenizer.encode([texts[0] for texts in made.captions])[0])

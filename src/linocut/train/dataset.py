@@ -19,6 +19,7 @@ from linocut.models.autoencoder import Autoencoder, patchify
 from linocut.models.text_encoder import PromptTokenizer
 from linocut.train.corpus import chunks, make_scenes
 from linocut.train.loop import autocast
+from linocut.train.naming import names_of
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
@@ -65,9 +66,11 @@ def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: 
 
 @dataclass
 class LatentBank:
-    """Latents bf16 [M, I, 4C] of pictures and the captions of each (`per_scene` wordings, consecutive)."""
+    """Latents bf16 [M, I, 4C] of pictures, what covers each of their tokens (`names_of`), and the captions of each
+    (`per_scene` wordings, consecutive)."""
 
     latents: Tensor
+    names: Tensor
     captions: Captions
     per_scene: int
 
@@ -78,6 +81,7 @@ class LatentBank:
         count, (rows, columns) = recipe.data.scenes, recipe.tokens
         shape = count, rows * columns, recipe.transformer.in_channels
         latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        names = torch.empty(*shape[:2], 2, dtype=torch.int16, device=device)
         done = 0
 
         def draw() -> Iterator[str]:  # the device draws and encodes while the captions of a chunk are cut into tokens
@@ -90,17 +94,18 @@ class LatentBank:
                     with torch.no_grad(), autocast(device):
                         z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
                     latents[done + rows] = z.flatten(2).transpose(1, 2).to(latents.dtype)
+                    names[done + rows] = names_of(renderer, table[rows], recipe.data.size // recipe.tokens[0])
                 done += len(part.scenes)
                 yield from (text for group in part.captions for text in group)
 
-        return cls(latents, Captions.build(tokenizer, draw(), device), recipe.data.captions)
+        return cls(latents, names, Captions.build(tokenizer, draw(), device), recipe.data.captions)
 
-    def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A random batch: latents float32 [B, I, 4C], ids and mask of one wording each."""
+    def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A random batch: latents float32 [B, I, 4C], names [B, I, 2], ids and mask of one wording each."""
         index = torch.randint(len(self.latents), (batch,), device=self.latents.device)
         wording = torch.randint(self.per_scene, (batch,), device=index.device)
         ids, mask = self.captions.pick(index * self.per_scene + wording)
-        return self.latents[index].float(), ids, mask
+        return self.latents[index].float(), self.names[index], ids, mask
 
 
 @torch.no_grad()

@@ -63,10 +63,11 @@ class VaeSettings(StageSettings):
 
 @dataclass(frozen=True)
 class TeacherSettings(StageSettings):
-    """`muon` orthogonalizes the updates of block matrices."""
+    """`muon` orthogonalizes the updates of block matrices; `naming` weighs the loss of the naming head at the start."""
 
     muon: bool = True
     weight_decay: float = 0.01
+    naming: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class SceneRenderer:
         sizes = range(smallest, -(-int(size * LARGEST) // STEP) * STEP + 1, STEP)
         chosen = sorted(set(range(len(objects())) if things is None else things))
         self._row = {thing: row for row, thing in enumerate(chosen)}
+        self.things = len(chosen)
         self.atlas = load_atlas(sprites, [objects()[thing] for thing in chosen], sizes, self.device)
         self._starts = torch.tensor(self.atlas.starts, device=self.device)
         self._ramps = _ramp_table().to(self.device)
@@ -78,21 +79,36 @@ class SceneRenderer:
         canvas = self._profiles[background][:, :, top:top + side, None].expand(-1, -1, -1, side)
         stars = self._stars[background][:, None, top:top + side, left:left + side]
         canvas = canvas + stars * (1 - canvas)
-        most = int((table[..., 2] >= 0).sum(1).max())  # a batch of scenes with few things takes less time
-        things = [tuple(column[:, None, None] for column in table[:, k].unbind(-1)) for k in range(most)]
+        things = _columns(table)
         canvas = canvas * self._shadows(things, rows, columns, self._ground[background])[:, None]
         for tint, thing, level, x0, y0 in things:
-            x, y = columns - x0, rows - y0
-            pixels = self.atlas.sizes[0] + level * STEP
-            inside = (level >= 0) & (x >= 0) & (y >= 0) & (x < pixels) & (y < pixels)
-            start = thing.long() * self.atlas.stride + self._starts[level.clamp_min(0).long()]
-            texel = self.atlas.texels[torch.where(inside, start + y * pixels + x, 0)]
+            texel, alpha = self._texels(thing, level, rows - y0, columns - x0)
             rgb = _bytes(texel)
             ramp = self._ramps[tint.clamp_min(0).long() * 256 + (texel >> 32 & 255)]
             share = torch.where(tint > 0, (texel >> 40 & 255).float() / 255, 0.0)[:, None]
-            alpha = torch.where(inside, (texel >> 24 & 255).float() / 255, 0.0)[:, None]
-            canvas = canvas + alpha * (rgb + share * (_bytes(ramp) - rgb) - canvas)
+            canvas = canvas + alpha[:, None] * (rgb + share * (_bytes(ramp) - rgb) - canvas)
         return self._styled(canvas, style) * 2 - 1
+
+    def covers(self, table: Tensor, patch: int) -> Tensor:
+        """Which thing is seen in most of each square of `patch` pixels: int64 [B, size / patch, size / patch].
+
+        The number of its placement, or -1 where none takes a quarter of the square.
+        """
+        along = torch.arange(self.size, device=self.device, dtype=torch.int32)
+        seen: list[Tensor] = []
+        for _, thing, level, x0, y0 in _columns(table):
+            _, alpha = self._texels(thing, level, along[None, :, None] - y0, along[None, None, :] - x0)
+            seen = [*(below * (1 - alpha) for below in seen), alpha]
+        share, owner = F.avg_pool2d(torch.stack(seen, 1), patch).max(1)
+        return torch.where(share >= 0.25, owner, -1)
+
+    def _texels(self, thing: Tensor, level: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Texels of a thing per scene at places (y, x) from its corner, and its alpha, 0 outside of it."""
+        pixels = self.atlas.sizes[0] + level * STEP
+        inside = (level >= 0) & (x >= 0) & (y >= 0) & (x < pixels) & (y < pixels)
+        start = thing.long() * self.atlas.stride + self._starts[level.clamp_min(0).long()]
+        texel = self.atlas.texels[torch.where(inside, start + y * pixels + x, 0)]
+        return texel, torch.where(inside, (texel >> 24 & 255).float() / 255, 0.0)
 
     def _shadows(self, things: Sequence[tuple[Tensor, ...]], rows: Tensor, columns: Tensor, ground: Tensor) -> Tensor:
         """Light that reaches each pixel [B, side, side]: a soft flat ellipse lies where each thing stands."""
@@ -112,6 +128,12 @@ class SceneRenderer:
         blocks = F.avg_pool2d(canvas, BLOCK).repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
         canvas = torch.where(style == STYLES.index("black and white"), gray, canvas)
         return torch.where(style == STYLES.index("pixel art"), blocks, canvas)
+
+
+def _columns(table: Tensor) -> list[tuple[Tensor, ...]]:
+    """The numbers of each thing, [B, 1, 1] each, as far as any scene has that many: few things take less time."""
+    most = int((table[..., 2] >= 0).sum(1).max())
+    return [tuple(column[:, None, None] for column in table[:, k].unbind(-1)) for k in range(most)]
 
 
 def _bytes(packed: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from linocut.models.autoencoder import Autoencoder
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer
 from linocut.train.loop import Ranks, Schedule, autocast
+from linocut.train.naming import UNTIL, NamingHead
 from linocut.train.optimize import Average, make_optimizers, set_rate
 from linocut.train.painter import Painter, grid_levels, training_sigmas
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
+from linocut.train.vocabulary import objects
 from linocut.train.weights import State
 
 
@@ -28,10 +30,11 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     vae = load_vae(recipe, run, device)
     torch.manual_seed(recipe.data.seed + 2)
     painter = Painter(recipe).to(device)
-    ranks.share(painter)
-    average = Average(painter, settings.ema)
-    optimizers = make_optimizers(painter, settings.lr, settings.weight_decay, settings.muon)
-    state = State(run / "teacher", painter, average, optimizers)
+    learners = nn.ModuleList([painter, head := NamingHead(painter.transformer, len(objects())).to(device)])
+    ranks.share(learners)
+    average = Average(learners, settings.ema)
+    optimizers = make_optimizers(learners, settings.lr, settings.weight_decay, settings.muon)
+    state = State(run / "teacher", learners, average, optimizers)
     schedule = Schedule(settings, ranks, state.restore())
     if schedule.steps > schedule.step:
         bank = _bank(recipe, run, sprites, ranks, vae)
@@ -39,22 +42,24 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
         torch.manual_seed(recipe.data.seed + 3 + ranks.rank + schedule.step * ranks.world)
     mean: Tensor | None = None
     for step in schedule:
-        latents, ids, mask = bank.sample(settings.batch)
+        latents, names, ids, mask = bank.sample(settings.batch)
         noise, sigma = torch.randn_like(latents), training_sigmas(recipe, settings.batch, device)
         noisy = latents + sigma[:, None, None] * (noise - latents)
         with autocast(device):
             v = painter.velocity(noisy, painter.read(ids, mask), sigma)
+            naming = head.loss(names)
         loss = (v - (noise - latents)).square().mean()
-        loss.backward()
-        ranks.average(p.grad for p in painter.parameters())
-        nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
+        (loss + settings.naming * max(0.0, 1 - schedule.progress / UNTIL) * naming).backward()
+        ranks.average(p.grad for p in learners.parameters())
+        nn.utils.clip_grad_norm_(learners.parameters(), 1.0)
         set_rate(optimizers, schedule.rate)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average.update()
-        mean = loss.detach() if mean is None else torch.lerp(mean, loss.detach(), 0.02)
-        schedule.log(lambda m=mean: f"loss {float(m):.4f}")
+        losses = torch.stack([loss.detach(), naming.detach()])
+        mean = losses if mean is None else torch.lerp(mean, losses, 0.02)
+        schedule.log(lambda m=mean: f"loss {float(m[0]):.4f}, naming {float(m[1]):.4f}")
         if schedule.due:
             state.save(step + 1)
     average.install()
