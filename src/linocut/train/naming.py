@@ -38,7 +38,8 @@ class NamingHead(nn.Module):
     def loss(self, names: Tensor) -> Tensor:
         """Mean over tokens for the transformer's latest pass; colours count where a thing is. `names` as `names_of`."""
         image, self.features = self.features[:, -names.shape[1]:], torch.empty(0)
-        thing, colour = self.name(self.norm(image.float())).float().flatten(0, 1).split((self.things + 1, len(COLOURS) + 1), -1)
+        scores = self.name(self.norm(image.float())).float().flatten(0, 1)
+        thing, colour = scores.split((self.things + 1, len(COLOURS) + 1), -1)
         wanted = names.long().flatten(0, 1)
         colours = F.cross_entropy(colour, wanted[:, 1], ignore_index=_IGNORED, reduction="sum")
         return F.cross_entropy(thing, wanted[:, 0]) + colours / (wanted[:, 1] >= 0).sum().clamp_min(1)
