@@ -1,7 +1,8 @@
 # linocut: one command for each thing. Every target sets up what it needs in .venv and does only what is out of date.
 #
 #   make demo    install, build, draw demo.png with the embedded ternary model     (MODEL=embedded-binary for binary)
-#   make test    install everything and run all tests                              (PYTEST_ARGS="tests/kernels -x")
+#   make test    install everything and run the tests                              (PYTEST_ARGS="tests/kernels -x")
+#   make slow    run those that take long: thousands of requests, damaged files, kills, fifty pictures
 #   make lint    ruff and mypy                   make build   build the C++ module again
 #   make wheel   dist/: manylinux wheel, sdist   make clean   remove what was built; make distclean: .venv too
 
@@ -22,7 +23,7 @@ REQUIREMENTS := import sys, tomllib; extras = tomllib.load(open("pyproject.toml"
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build wheel clean distclean
+.PHONY: help demo test slow lint build wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -60,7 +61,10 @@ demo: $(VENV)/.run
 	@echo "the picture is $(abspath $(OUT)); draw your own: $(BIN)/linocut generate \"a green frog above a book\""
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
