@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -43,16 +44,18 @@ def test_there_and_back_gives_the_same_files(packed_model, tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMS[:-1])  # rows of this model are a single group, which gemlite stores otherwise
 def test_what_comes_back_draws_the_same_picture(tmp_path, form, tiny_model):
+    from linocut.kernels.dispatch import use_kernel
     from linocut.pipeline.generate import Pipeline
 
     def draw(root):
-        return np.asarray(Pipeline.from_pretrained(str(root))("a red apple", seed=3).images[0])
+        # The text encoder of the diffusers form stays dense, so packed layers must not round their activations either.
+        with use_kernel("reference") if form == "diffusers" else nullcontext():
+            return np.asarray(Pipeline.from_pretrained(str(root))("a red apple", seed=3).images[0])
 
     convert(tiny_model, tmp_path / "there", form)
     convert(tmp_path / "there", tmp_path / "back", "linocut")
     difference = np.abs(draw(tmp_path / "back").astype(int) - draw(tiny_model))
-    # The dense text encoder of the diffusers form is computed by another kernel.
-    assert difference.max() <= (3 if form == "diffusers" else 0)
+    assert difference.max() <= (1 if form == "diffusers" else 0)
 
 
 @pytest.mark.parametrize("packed_model", ["ternary"], indirect=True)
