@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from linocut.errors import UsageError
 from linocut.models.configs import CELL, AutoencoderConfig
 from linocut.models.group_norm import GroupNorm, silu_
+from linocut.models.threads import convolve
 
 OnTile = Callable[[int, int], None]
 
@@ -32,6 +33,13 @@ def patchify(z: Tensor) -> Tensor:
 def unpatchify(z: Tensor) -> Tensor:
     """[B, 4C, h, w] -> [B, C, 2h, 2w], the inverse of `patchify`."""
     return F.pixel_shuffle(z, CELL)
+
+
+class Conv(nn.Conv2d):
+    """A convolution with stride 1 and zeros around the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias, self.padding)  # type: ignore[arg-type]
 
 
 class PointwiseConv(nn.Conv2d):
@@ -52,9 +60,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(groups, out_channels, NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = PointwiseConv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ def upsampled_rows(x: Tensor, kernels: list[Tensor], bias: Tensor | None, low: i
     for i in (0, 1):
         for j in (0, 1):
             part = rows[:, :, i:i + last - first + 1, j:j + width + 1]
-            y[:, :, i::2, j::2] = F.conv2d(part, kernels[2 * i + j], bias)
+            y[:, :, i::2, j::2] = convolve(part, kernels[2 * i + j], bias)
     return y[:, :, low - 2 * first:high - 2 * first]
 
 
@@ -140,7 +148,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -184,13 +192,13 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, last=i == len(widths) - 1)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -206,13 +214,13 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.decoder_widths[::-1]
         groups = config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, last=i == len(widths) - 1)
             for i, width in enumerate(widths))
         self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))

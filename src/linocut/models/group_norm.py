@@ -7,12 +7,13 @@ thread's share by another exponential: here shares end where vectors do.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from linocut.models.threads import torch_threads
 
 _VECTOR = 128
 """Values that torch takes at a time, or a multiple of them, on any processor."""
@@ -59,7 +60,7 @@ def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean, variance
     # The running statistics tell torch to answer in float32.
     running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
-    with _threads(1):
+    with torch_threads(1):
         mean, variance = torch.batch_norm_update_stats(x, *running, 1.0)
     return mean, variance
 
@@ -70,18 +71,8 @@ def silu_(x: Tensor) -> Tensor:
         return F.silu(x, inplace=True)
     pieces, rest = divmod(x.numel(), _VECTOR)
     most = 1 if rest else min(torch.get_num_threads(), -(-x.numel() // _GRAIN))
-    with _threads(next(count for count in range(most, 0, -1) if pieces % count == 0)):
+    with torch_threads(next(count for count in range(most, 0, -1) if pieces % count == 0)):
         return F.silu(x, inplace=True)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -23,6 +23,7 @@ from linocut.kernels import dispatch
 from linocut.kernels.blocked import block_rows
 from linocut.models.configs import Flux2Config
 from linocut.models.linear import PackedLinear
+from linocut.models.threads import torch_threads
 
 
 class Modulations(NamedTuple):
@@ -141,8 +142,9 @@ def _products(layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     y = inputs[0].new_empty((len(inputs), outputs))
     first = 0
     for rows in _float_rows(layer):
-        for number, x in enumerate(inputs):
-            torch.mv(rows, x, out=y[number, first : first + len(rows)])
+        with torch_threads(1):  # several share out a sum, but on some processors only
+            for number, x in enumerate(inputs):
+                torch.mv(rows, x, out=y[number, first : first + len(rows)])
         first += len(rows)
     return y
 

@@ -30,6 +30,7 @@ from linocut.models.autoencoder import (
     upsampled_rows,
 )
 from linocut.models.group_norm import Moments, silu_
+from linocut.models.threads import convolve
 
 Fetch = Callable[[int, int], Tensor]  # rows lo..hi-1 of a feature map, [1, C, hi - lo, W]
 
@@ -56,7 +57,7 @@ def _conv_rows(conv: nn.Conv2d, fetch: Fetch, top: int, bottom: int, height: int
     rows = fetch(max(top - 1, 0), min(bottom + 1, height))
     if top == 0 or bottom == height:
         rows = F.pad(rows, (0, 0, int(top == 0), int(bottom == height)))
-    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+    return convolve(rows, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _stored(x: Tensor) -> Fetch:
