@@ -5,6 +5,10 @@
 
 #if defined(LINOCUT_X86)
 #include <cpuid.h>
+#if defined(LINOCUT_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -27,6 +31,16 @@ bool has_avxvnni() {
     return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
 }
 
+#if defined(LINOCUT_AMX)
+// CPUID leaf 7.0, EDX bits 24 (tiles) and 25 (int8). Linux lets a process use tiles once it has asked: XTILEDATA is 18,
+// ARCH_REQ_XCOMP_PERM 0x1023. It grants that to all threads of the process, and refuses where it does not save tiles.
+bool has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 3) == 3 &&
+           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif
+
 }  // namespace
 #endif
 
@@ -47,6 +61,9 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
         {"avx512vbmi", __builtin_cpu_supports("avx512vbmi") != 0},
         {"avx512vnni", __builtin_cpu_supports("avx512vnni") != 0},
         {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0},
+#if defined(LINOCUT_AMX)
+        {"amxint8", has_amx()},
+#endif
     };
 #elif defined(__linux__) && defined(__aarch64__)
     const unsigned long caps = getauxval(AT_HWCAP);

@@ -25,6 +25,9 @@ std::size_t token_step(const Activations& x, std::size_t panels, std::size_t thr
 std::vector<GemmChoice> probe() {
     const GemmVariant* const built[] = {
 #if defined(LINOCUT_X86)
+#if defined(LINOCUT_AMX)
+        gemm_amx(),
+#endif
         gemm_avx512vnni(),
 #if defined(LINOCUT_AVXVNNI)
         gemm_avxvnni(),
@@ -60,18 +63,29 @@ const GemmVariant& gemm_variant(const std::string& name) {
 
 void gemm(const GemmVariant& variant, const Activations& x, const Packed& w, const Rows& y, std::size_t threads) {
     if (x.m == 0 || w.rows == 0) return;
+    constexpr std::size_t kVisit = 64;  // tokens that meet one panel of several after the other
     const std::size_t panels = ceil_div(w.rows, variant.columns);
-    const std::size_t step = token_step(x, panels, threads);
-    const std::size_t cuts = ceil_div(x.m, step);
-    const std::size_t bytes = variant.panel_bytes(w.encoding, w.n);
+    const std::size_t bytes = ceil_div(variant.panel_bytes(w.encoding, w.n), 64) * 64;
+    // Panels of a task.
+    const std::size_t several = std::max<std::size_t>(1, std::min(variant.held / bytes, ceil_div(panels, 4 * threads)));
+    const std::size_t step = several > 1 ? x.m : token_step(x, panels, threads);
+    const std::size_t visit = several > 1 ? kVisit : step;
+    const std::size_t tasks = ceil_div(panels, several), cuts = ceil_div(x.m, step);
     const auto task = [&](std::size_t i, std::size_t) {
-        const std::size_t first = i % panels * variant.columns, begin = i / panels * step;
-        const std::size_t count = std::min(variant.columns, w.rows - first);
-        void* const panel = scratch(bytes);
-        variant.unpack(w, first, count, panel);
-        variant.multiply(x, begin, std::min(x.m, begin + step), w.encoding, panel, first, count, y);
+        const std::size_t first = i % tasks * several, last = std::min(panels, first + several);
+        const std::size_t begin = i / tasks * step, end = std::min(x.m, begin + step);
+        auto* const memory = static_cast<std::uint8_t*>(scratch(several * bytes));
+        const auto panel = [&](std::size_t p) { return memory + (p - first) * bytes; };
+        const auto row = [&](std::size_t p) { return p * variant.columns; };
+        const auto rows = [&](std::size_t p) { return std::min(variant.columns, w.rows - row(p)); };
+        for (std::size_t p = first; p < last; ++p) variant.unpack(w, row(p), rows(p), panel(p));
+        for (std::size_t t = begin; t < end; t += visit) {
+            for (std::size_t p = first; p < last; ++p) {
+                variant.multiply(x, t, std::min(end, t + visit), w.encoding, panel(p), row(p), rows(p), y);
+            }
+        }
     };
-    parallel(threads, panels * cuts, task);
+    parallel(threads, tasks * cuts, task);
 }
 
 }  // namespace linocut

@@ -28,6 +28,9 @@ struct GemmVariant {
     // y[token, first + c] for tokens [begin, end) and the panel's `count` rows.
     void (*multiply)(const Activations& x, std::size_t begin, std::size_t end, Encoding, const void* panel,
                      std::size_t first, std::size_t count, const Rows& y);
+    // Bytes of unpacked panels that a core's own cache holds beside some tokens. A variant so fast that it would wait for
+    // tokens from the shared cache has several panels at once, so that each token is read once for all of them; else 0.
+    std::size_t held = 0;
 };
 
 // The table of each instruction set, a pointer as all tables: to ask for one must run no instruction of its set, which
@@ -36,6 +39,7 @@ const GemmVariant* gemm_generic();
 const GemmVariant* gemm_avx2();
 const GemmVariant* gemm_avxvnni();
 const GemmVariant* gemm_avx512vnni();
+const GemmVariant* gemm_amx();
 const GemmVariant* gemm_neon_dot();
 const GemmVariant* gemm_neon_i8mm();
 

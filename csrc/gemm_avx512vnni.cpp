@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "gemm.h"
+#include "store_avx512.h"
 #include "unpack_avx512.h"
 
 namespace linocut {
@@ -19,18 +20,6 @@ constexpr size_t kAhead = 2 * kGroup;  // bytes of activations to fetch ahead: t
 // sums += weights * values, fours of bytes. Written out, since gcc 12 copies every register around the intrinsic.
 inline void dot(__m512i& sums, __m512i weights, __m512i values) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(values));
-}
-
-inline void store16(float* out, __mmask16 wanted, __m512 value) { _mm512_mask_storeu_ps(out, wanted, value); }
-
-// As scalar_impl.h rounds: to nearest even, any NaN to one.
-inline void store16(uint16_t* out, __mmask16 wanted, __m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_mask_storeu_epi16(out, wanted, _mm512_cvtepi32_epi16(high));
 }
 
 // T tokens from `token` on times the panel; kSize weights share a scale. gcc keeps an array in registers only if it is
@@ -102,8 +91,7 @@ void multiply(const Activations& x, size_t begin, size_t end, Encoding encoding,
               Out* y, size_t y_stride) {
     const auto* bytes = static_cast<const uint8_t*>(panel);
     const int offset = unsigned_offset(encoding);
-    const __mmask16 wanted[2] = {__mmask16(count >= 16 ? 0xffff : (1u << count) - 1),
-                                          __mmask16(count <= 16 ? 0 : (1u << (count - 16)) - 1)};
+    const __mmask16 wanted[2] = {wanted16(count), wanted16(count < kHalf ? 0 : count - kHalf)};
     if (encoding == Encoding::affine4) {
         tiles<kTokens, kAffineGroup>(x, begin, end, bytes, offset, wanted, y, y_stride);
     } else {
@@ -118,6 +106,10 @@ void multiply(const Activations& x, size_t begin, size_t end, Encoding encoding,
     } else {
         multiply(x, begin, end, encoding, panel, count, static_cast<uint16_t*>(y.data) + first, y.stride);
     }
+}
+
+void unpack(const Packed& w, size_t first, size_t count, void* panel) {
+    unpack_panel(w, first, count, unsigned_offset(w.encoding), panel);
 }
 
 constexpr GemmVariant kVariant = {"avx512vnni", "avx512f avx512bw avx512dq avx512vl avx512vnni", kColumns, panel_bytes,

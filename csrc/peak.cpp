@@ -34,6 +34,27 @@ __attribute__((target("avx512f"))) void zmm_dot(std::size_t rounds) {
           "xmm30", "xmm31");
 }
 
+#if defined(LINOCUT_AMX)
+void tile_dot(std::size_t rounds) {
+    struct alignas(64) {
+        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const config;
+    __asm__ volatile(
+        "ldtilecfg %1\n"
+        "1:\n"
+        ".irp r, 0,1,2,3,4,5\n"
+        "tdpbssd %%tmm7, %%tmm6, %%tmm\\r\n"
+        ".endr\n"
+        "dec %0\n"
+        "jnz 1b\n"
+        "tilerelease\n"
+        : "+r"(rounds)
+        : "m"(config));
+}
+#endif
+
 #define LINOCUT_YMM_CLOBBERS \
     "xmm0", "xmm1", "xmm2", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
     "xmm14", "xmm15"
@@ -69,6 +90,9 @@ __attribute__((target("avx2"))) void ymm_pairs(std::size_t rounds) {
 }
 
 constexpr Peak kPeaks[] = {
+#if defined(LINOCUT_AMX)
+    {"amx", tile_dot, 6 * 2.0 * 16 * 16 * 64},
+#endif
     {"avx512vnni", zmm_dot, 24 * 128.0},
 #if defined(LINOCUT_AVXVNNI)
     {"avxvnni", ymm_dot, 12 * 64.0},

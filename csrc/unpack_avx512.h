@@ -1,5 +1,5 @@
-// Packed weights to the panels of gemm_avx512vnni.cpp: [k / 4][32 rows][4] bytes of weight + offset, then a float scale
-// per group and row, [group][32 rows].
+// Packed weights to the panels of gemm_avx512vnni.cpp and gemm_amx.cpp: [k / 4][32 rows][4] bytes of weight + offset,
+// then a float scale per group and row, [group][32 rows].
 //
 // What makes it cheap is to turn codes round before they are widened. A ternary byte holds five weights 128 apart, so
 // turning fours of code bytes turns five fours of weights at once; four binary weights are four bits, and sixteen fours
@@ -52,9 +52,10 @@ inline void turn(__m512i* a) {
     for (size_t i = 0; i < kHalf; ++i) a[i] = b[i];
 }
 
-// 640 ternary weights of up to 16 rows: 128 bytes of codes each. Offset 1, so that digits are what is wanted.
-inline void turn_ternary_block(const uint8_t* codes, size_t stride, size_t count, uint8_t* out) {
-    const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2);
+// 640 ternary weights of up to 16 rows: 128 bytes of codes each.
+inline void turn_ternary_block(const uint8_t* codes, size_t stride, size_t count, int offset, uint8_t* out) {
+    const __m512i zero = _mm512_set1_epi8(char(offset - 1)), one = _mm512_set1_epi8(char(offset));
+    const __m512i two = _mm512_set1_epi8(char(offset + 1));
     const __m512i third = _mm512_set1_epi8(85), two_thirds = _mm512_set1_epi8(char(170));
     for (size_t part = 0; part < 2; ++part) {
         __m512i words[kHalf];
@@ -63,7 +64,7 @@ inline void turn_ternary_block(const uint8_t* codes, size_t stride, size_t count
         for (size_t i = 0; i < kHalf; ++i) {
             __m512i fraction = words[i];
             for (size_t plane = 0; plane < kTrits; ++plane) {
-                const __m512i some = _mm512_maskz_mov_epi8(_mm512_cmpgt_epu8_mask(fraction, third), one);
+                const __m512i some = _mm512_mask_mov_epi8(zero, _mm512_cmpgt_epu8_mask(fraction, third), one);
                 const __m512i digits = _mm512_mask_mov_epi8(some, _mm512_cmpgt_epu8_mask(fraction, two_thirds), two);
                 _mm512_store_si512(out + (plane * 32 + part * 16 + i) * kLine, digits);
                 fraction = _mm512_add_epi8(fraction, _mm512_add_epi8(fraction, fraction));
@@ -73,7 +74,7 @@ inline void turn_ternary_block(const uint8_t* codes, size_t stride, size_t count
 }
 
 // 64 binary weights of 16 rows, eight bytes each: 16 masks of 64 bits, of which four belong to a row.
-inline void turn_binary(const uint8_t* codes, size_t stride, size_t count, uint8_t* out) {
+inline void turn_binary(const uint8_t* codes, size_t stride, size_t count, int offset, uint8_t* out) {
     alignas(64) uint64_t rows[kHalf] = {};
     for (size_t i = 0; i < count; ++i) std::memcpy(rows + i, codes + i * stride, sizeof *rows);
     // Bytes of two rows side by side, within 16 bytes; then all rows' first bytes, second bytes, ...
@@ -82,7 +83,7 @@ inline void turn_binary(const uint8_t* codes, size_t stride, size_t count, uint8
     const __m512i high = _mm512_shuffle_epi8(_mm512_load_si512(rows + 8), pair);
     const __m512i first = _mm512_set_epi16(59, 51, 43, 35, 27, 19, 11, 3, 58, 50, 42, 34, 26, 18, 10, 2,
                                            57, 49, 41, 33, 25, 17, 9, 1, 56, 48, 40, 32, 24, 16, 8, 0);
-    const __m512i two = _mm512_set1_epi8(2);
+    const __m512i minus = _mm512_set1_epi8(char(offset - 1)), plus = _mm512_set1_epi8(char(offset + 1));
     for (int part = 0; part < 2; ++part) {
         // 16 bytes, one of each row, for each of four places: their low and their high halves are two masks.
         const __m512i index = _mm512_add_epi16(first, _mm512_set1_epi16(short(4 * part)));
@@ -96,19 +97,19 @@ inline void turn_binary(const uint8_t* codes, size_t stride, size_t count, uint8
         _mm256_store_si256(reinterpret_cast<__m256i*>(masks[0]), join(below));
         _mm256_store_si256(reinterpret_cast<__m256i*>(masks[1]), join(above));
         for (size_t i = 0; i < 8; ++i) {
-            _mm512_store_si512(out + (size_t(part) * 8 + i) * kLine, _mm512_maskz_mov_epi8(masks[i % 2][i / 2], two));
+            _mm512_store_si512(out + (size_t(part) * 8 + i) * kLine, _mm512_mask_mov_epi8(minus, masks[i % 2][i / 2], plus));
         }
     }
 }
 
 // Whatever the encoding, a block at a time through bytes in their own order.
-inline void turn_any_block(const Packed& w, size_t row, size_t count, size_t start, uint8_t* out) {
+inline void turn_any_block(const Packed& w, size_t row, size_t count, size_t start, int offset, uint8_t* out) {
     constexpr size_t kStride = 704;
     static_assert(kStride >= kBlockRoom && kStride % 64 == 0);
     alignas(64) uint8_t rows[kHalf * kStride];
     size_t got = 0;
     for (size_t i = 0; i < count; ++i) {
-        got = unpack_block(w, row + i, start, unsigned_offset(w.encoding), rows + i * kStride);
+        got = unpack_block(w, row + i, start, offset, rows + i * kStride);
     }
     for (size_t k = 0; k < got; k += 64) {
         __m512i words[kHalf];
@@ -138,7 +139,7 @@ inline size_t panel_groups(Encoding e, size_t n) { return ceil_div(groups(e, n),
 
 inline size_t panel_bytes(Encoding e, size_t n) { return kColumns * (n + panel_groups(e, n) * sizeof(float)); }
 
-void unpack(const Packed& w, size_t first, size_t count, void* panel) {
+inline void unpack_panel(const Packed& w, size_t first, size_t count, int offset, void* panel) {
     auto* out = static_cast<uint8_t*>(panel);
     auto* scales = reinterpret_cast<float*>(out + kColumns * w.n);
     const size_t bytes = row_bytes(w.encoding, w.n), per_row = groups(w.encoding, w.n);
@@ -152,13 +153,13 @@ void unpack(const Packed& w, size_t first, size_t count, void* panel) {
         uint8_t* const to = out + half * 4;
         size_t k = 0;
         if (w.encoding == Encoding::binary) {
-            for (; k < w.n; k += 64) turn_binary(codes + k / 8, bytes, rows, to + k / 4 * kLine);
+            for (; k < w.n; k += 64) turn_binary(codes + k / 8, bytes, rows, offset, to + k / 4 * kLine);
         } else if (w.encoding == Encoding::ternary) {
             for (; k + kBlock <= w.n; k += kBlock) {
-                turn_ternary_block(codes + k / kTrits, bytes, rows, to + k / 4 * kLine);
+                turn_ternary_block(codes + k / kTrits, bytes, rows, offset, to + k / 4 * kLine);
             }
         }
-        for (; k < w.n; k += kBlock) turn_any_block(w, row, rows, k, to + k / 4 * kLine);
+        for (; k < w.n; k += kBlock) turn_any_block(w, row, rows, k, offset, to + k / 4 * kLine);
         turn_scales(w.scales + row * per_row, per_row, rows, scales + half);
     }
 }
