@@ -13,8 +13,11 @@ namespace {
 
 std::vector<AttentionChoice> probe() {
     std::vector<const AttentionVariant*> compiled;
+#if defined(LINOCUT_AMX)
+    compiled.push_back(attention_amx());
+#endif
 #if defined(LINOCUT_X86)
-    compiled = {attention_avx512bf16(), attention_avx512(), attention_avx2()};
+    compiled.insert(compiled.end(), {attention_avx512bf16(), attention_avx512(), attention_avx2()});
 #endif
     compiled.push_back(attention_baseline());
     std::vector<AttentionChoice> all;

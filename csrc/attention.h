@@ -50,6 +50,7 @@ const AttentionVariant* attention_baseline();
 const AttentionVariant* attention_avx2();
 const AttentionVariant* attention_avx512();
 const AttentionVariant* attention_avx512bf16();
+const AttentionVariant* attention_amx();
 #endif
 
 struct AttentionChoice {

@@ -1,6 +1,7 @@
 // Attention of one block of queries, compiled once per instruction set (attention_*.cpp define LINOCUT_ATTENTION,
-// LINOCUT_NAME and LINOCUT_NEEDS, then include this file). With LINOCUT_BF16 a unit is a pair of bfloat16, else one float32; both are
-// four bytes, so that all else is the same: a product adds one unit of depth to all lanes.
+// LINOCUT_NAME and LINOCUT_NEEDS, then include this file). With LINOCUT_BF16 a unit is a pair of bfloat16, else one
+// float32; both are four bytes, so that all else is the same: a product adds one unit of depth to all lanes. With
+// LINOCUT_TILES products are those of AMX: a tile of units is 16 rows of 16, which is how panels lie anyway.
 //
 // Per tile of keys: scores = q k^T, then their exponentials as units, then out = out * correction + exponentials v.
 // Both products run panel by panel (32 keys or 32 channels) over all queries: a panel is read into the first cache once.
@@ -20,7 +21,9 @@ constexpr size_t kPair = 1;
 #endif
 
 // The register tile: kRows rows times kAcross registers. It leaves registers for the operands.
-#if defined(__AVX512F__)
+#if defined(LINOCUT_TILES)
+constexpr size_t kRows = 32, kAcross = 2;
+#elif defined(__AVX512F__)
 constexpr size_t kRows = 8, kAcross = 2;
 #elif defined(__AVX2__)
 constexpr size_t kRows = 4, kAcross = 2;
@@ -38,6 +41,59 @@ struct Scratch {
     alignas(64) uint32_t weights[kQueries * kTileUnits];  // exponentials of the scores
     float highest[kQueries], total[kQueries], correction[kQueries];
 };
+
+#if defined(LINOCUT_TILES)
+constexpr size_t kTile = 16;  // rows of a tile, and four-byte columns
+
+// Tiles 0-3: c, two down and two across; 4-5: rows of a; 6-7: units of b.
+void begin_products() {
+    struct alignas(64) {
+        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const config;
+    _tile_loadconfig(&config);
+}
+
+void end_products() { _tile_release(); }
+
+// c[kRows, 32] = a[kRows, units] b[units, 32] (+ c * correction), rows of a and c at fixed distances; units in 16s.
+template <size_t AStride, size_t CStride, bool Accumulate>
+inline void tile(const uint32_t* a, const uint32_t* b, size_t units, const float* correction, float* c) {
+    if constexpr (Accumulate) {
+        for (size_t i = 0; i < kRows; ++i) {
+            for (size_t j = 0; j < kPanel; j += kLanes) {
+                store(c + i * CStride + j, load<Vec>(c + i * CStride + j) * correction[i]);
+            }
+        }
+        _tile_loadd(0, c, CStride * 4);
+        _tile_loadd(1, c + kTile, CStride * 4);
+        _tile_loadd(2, c + kTile * CStride, CStride * 4);
+        _tile_loadd(3, c + kTile * CStride + kTile, CStride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (size_t u = 0; u < units; u += kTile) {
+        _tile_loadd(6, b + u * kPanel, kPanel * 4);
+        _tile_loadd(7, b + u * kPanel + kTile, kPanel * 4);
+        _tile_loadd(4, a + u, AStride * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + kTile * AStride + u, AStride * 4);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, CStride * 4);
+    _tile_stored(1, c + kTile, CStride * 4);
+    _tile_stored(2, c + kTile * CStride, CStride * 4);
+    _tile_stored(3, c + kTile * CStride + kTile, CStride * 4);
+}
+#else
+inline void begin_products() {}
+inline void end_products() {}
 
 #if defined(LINOCUT_BF16)
 inline Vec multiply_add(Vec sum, VecBits a, VecBits b) {
@@ -70,6 +126,8 @@ inline void tile(const uint32_t* a, const uint32_t* b, size_t units, const float
         }
     }
 }
+
+#endif
 
 inline void store_weights(uint32_t* to, size_t element, Vec v) {
 #if defined(LINOCUT_BF16)
@@ -120,6 +178,7 @@ void run(const Heads& heads, size_t head, size_t first, size_t count, Mask mask,
         s.total[i] = 0;
     }
 
+    begin_products();
     size_t end = mask.keys < heads.tokens ? mask.keys : heads.tokens;
     if (mask.causal && first + count < end) end = first + count;
     for (size_t start = 0; start < end; start += kKeys) {
@@ -146,6 +205,7 @@ void run(const Heads& heads, size_t head, size_t first, size_t count, Mask mask,
             }
         }
     }
+    end_products();
     for (size_t i = 0; i < count; ++i) {
         const float inverse = 1 / s.total[i];
         for (size_t c = 0; c < heads.width; c += kLanes) {

@@ -32,11 +32,11 @@ bool has_avxvnni() {
 }
 
 #if defined(LINOCUT_AMX)
-// CPUID leaf 7.0, EDX bits 24 (tiles) and 25 (int8). Linux lets a process use tiles once it has asked: XTILEDATA is 18,
+// CPUID leaf 7.0, EDX: bit 24 is tiles, `product` what they multiply. Linux lets a process use tiles once it has asked: XTILEDATA is 18,
 // ARCH_REQ_XCOMP_PERM 0x1023. It grants that to all threads of the process, and refuses where it does not save tiles.
-bool has_amx() {
+bool has_amx(int product) {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 3) == 3 &&
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & d >> product & 1) == 1 &&
            syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 #endif
@@ -62,7 +62,8 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
         {"avx512vnni", __builtin_cpu_supports("avx512vnni") != 0},
         {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0},
 #if defined(LINOCUT_AMX)
-        {"amxint8", has_amx()},
+        {"amxbf16", has_amx(22)},
+        {"amxint8", has_amx(25)},
 #endif
     };
 #elif defined(__linux__) && defined(__aarch64__)
