@@ -27,13 +27,15 @@ PROMPT = "a red apple and two blue cups on a wooden table"
 @click.argument("model")
 @click.option("--size", type=Size(), default="512x512", show_default=True, help="Picture.")
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="May be repeated; default: all.")
+@click.option("--arm", "arms", multiple=True, type=click.Choice((OURS, *TORCH["step"])),
+              help="May be repeated; default: all.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this JSON file; rounds that are in it already are not run again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(model: str, size: tuple[int, int], stages: tuple[str, ...], rounds: int, threads: int | None,
-            output: Path | None, as_json: bool) -> None:
+def command(model: str, size: tuple[int, int], stages: tuple[str, ...], arms: tuple[str, ...], rounds: int,
+            threads: int | None, output: Path | None, as_json: bool) -> None:
     """Measure reading a prompt, one denoising step and decoding of MODEL, a folder or 'embedded'.
 
     'linocut bench synthetic' makes one of klein's shapes. torch runs the same architecture with random weights: dense
@@ -47,11 +49,12 @@ def command(model: str, size: tuple[int, int], stages: tuple[str, ...], rounds: 
 
     pipe = Pipeline.from_pretrained(model, threads=threads, prompt_cache=False)
     chosen = stages or STAGES
-    names = [f"{stage}/{arm}" for stage in chosen for arm in (OURS, *TORCH[stage])]
+    names = [f"{stage}/{arm}" for stage in chosen for arm in (OURS, *TORCH[stage])
+             if not arms or arm in arms]
     settings = {"size": list(size), "encoding": _encoding(pipe.folder), "kernel": pipe.kernel(1024),
                 "bytes": pipe.folder.checkpoint("transformer").tensor_nbytes}
     done = Rounds("stages", thread_count()[0], settings, output)
-    arms: dict[str, Callable[[], float]] = {}
+    made: dict[str, Callable[[], float]] = {}
     with Bar("measuring") as bar:
         total = sum(len(done.missing(names, number)) for number in range(rounds))
         count = 0
@@ -64,7 +67,7 @@ def command(model: str, size: tuple[int, int], stages: tuple[str, ...], rounds: 
                     count += 1
             for name in missing:
                 if not name.endswith(OURS):
-                    arm = arms[name] if name in arms else arms.setdefault(name, _torch(name, pipe, size))
+                    arm = made[name] if name in made else made.setdefault(name, _torch(name, pipe, size))
                     done.add(name, number, arm())
                     count += 1
                 bar.update(count, total, name)
