@@ -13,6 +13,13 @@ from linocut.errors import FormatError, ModelNotFoundError, UsageError
 
 # One user turn, then the start of an answer whose thinking is already over (chat template with thinking off).
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+# The same for transformers' tokenizers: what Qwen3's own template does to the conversations that occur here.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
 PAD_TOKEN = "<|endoftext|>"
 TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 

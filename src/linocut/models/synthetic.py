@@ -28,6 +28,7 @@ from linocut.formats.packed import PackedTensor, groups, pack, packed_nbytes, ro
 from linocut.formats.timestep_table import CONFIG_KEY, TABLE_FILE, TABLE_VERSION, WEIGHTS_FILE
 from linocut.models.autoencoder import Autoencoder, AutoencoderConfig
 from linocut.models.flux2 import Flux2Config, Flux2Transformer
+from linocut.models.prompt_tokenizer import CHAT_TEMPLATE
 from linocut.models.text_encoder import Qwen3Config, Qwen3Encoder
 from linocut.quantize.policy import DENSE, Policy
 from linocut.quantize.stream import MakeTable, quantization_config
@@ -109,7 +110,7 @@ def write_synthetic(out: str | Path, model: SyntheticModel, encoding: str = "ter
         atomic_write_bytes(out / "tokenizer" / "tokenizer.json", synthetic_tokenizer(model.ordinary_tokens))
         _write_json(out / "tokenizer" / "tokenizer_config.json", {
             "tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>",
-            "model_max_length": 131072, "add_prefix_space": False})
+            "model_max_length": 131072, "add_prefix_space": False, "chat_template": CHAT_TEMPLATE})
     _write_frame(out, model)
 
 

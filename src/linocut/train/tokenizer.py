@@ -9,21 +9,13 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from linocut.errors import UsageError
-from linocut.models.prompt_tokenizer import PAD_TOKEN
+from linocut.models.prompt_tokenizer import CHAT_TEMPLATE, PAD_TOKEN
 
 # The published cutting rule of Qwen2 and Qwen3: contractions, words with one leading mark, single digits, marks, space.
 WORD_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPECIAL_TOKENS = (PAD_TOKEN, "<|im_start|>", "<|im_end|>")
 THINKING_TOKENS = ("<think>", "</think>")  # ordinary added tokens in Qwen3: kept whole, but not marked special
-
-# What the chat template does to the conversations that occur here, so that transformers and diffusers read them alike.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-    "{%- endif %}"
-)
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
