@@ -23,6 +23,7 @@ COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 # name -> folder of its transformer; both share everything else
 EMBEDDED = {"embedded": "transformer", "embedded-binary": "transformer-binary"}
 VOCABULARY_FILE = "vocabulary.json"
+SETTINGS_KEY = "linocut"  # of model_index.json
 # what a model needs; a hub repository may hold much more (other formats, single files of many GB)
 HUB_PATTERNS = ("model_index.json", VOCABULARY_FILE, "transformer/*.json", "transformer/*.safetensors",
                 "text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.json", "vae/*.safetensors",
@@ -43,7 +44,7 @@ class ModelFolder:
 
     def __init__(self, root: Path, name: str, transformer_dir: str = "transformer") -> None:
         self.root, self.name, self.transformer_dir = root, name, transformer_dir
-        self.index = _read_json(root / "model_index.json")
+        self.index = _with_settings(_read_json(root / "model_index.json"), root / transformer_dir / "config.json")
         self._settings: dict[str, Any] | None = None
         self._hash: str | None = None
 
@@ -130,8 +131,9 @@ class ModelFolder:
     def settings(self) -> dict[str, Any]:
         """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps, is_distilled.
 
-        From the key "linocut" of model_index.json, with FLUX.2-klein's values where it is silent; is_distilled is the
-        index's own key (false if absent, as in FLUX.2-klein-base).
+        From the key "linocut" of model_index.json (or what diffusers keeps of it, see docs/format.md, 1.2), with
+        FLUX.2-klein's values where it is silent; is_distilled is the index's own key (false if absent, as in
+        FLUX.2-klein-base).
         """
         if self._settings is None:
             self._settings = read_settings(self.index, self.root / "model_index.json")
@@ -174,9 +176,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _with_settings(index: dict[str, Any], transformer: Path) -> dict[str, Any]:
+    """The index, with "linocut" from the transformer's quantization_config if it was written by another program."""
+    if SETTINGS_KEY in index or not transformer.is_file():
+        return index
+    quantization = _read_json(transformer).get("quantization_config")
+    settings = quantization.get("settings") if isinstance(quantization, dict) else None
+    return index if settings is None else index | {SETTINGS_KEY: settings}
+
+
 def read_settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
     """`ModelFolder.settings` of the index in the file `path`. Raises FormatError."""
-    own = index.get("linocut", {})
+    own = index.get(SETTINGS_KEY, {})
     if not isinstance(own, dict):
         raise FormatError("key 'linocut' has the wrong form", path=path, expected="an object", found=type(own).__name__)
     settings = _DEFAULTS | own

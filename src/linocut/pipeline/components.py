@@ -12,6 +12,7 @@ import ctypes
 import gc
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,8 +119,7 @@ class Components:
         with self.folder.checkpoint("vae") as checkpoint:
             decoder = self._load_decoder(checkpoint)
         # Without a stored preview map one is fitted by running the decoder, which then has to be able to compute.
-        stored = AutoencoderConfig.from_dict(self.folder.config("vae")).preview
-        return decoder if stored else decoder.made_ready(self._decoder_dtype())
+        return decoder if decoder.config.preview else decoder.made_ready(self._decoder_dtype())
 
     def drop(self) -> None:
         """Forget every network that was kept."""
@@ -148,7 +148,10 @@ class Components:
         return model if self.device.type == "cpu" else model.to(self.device)
 
     def _load_decoder(self, checkpoint: Checkpoint) -> "PictureDecoder":
-        return build_and_load(PictureDecoder, AutoencoderConfig.from_dict(self.folder.config("vae")), checkpoint)
+        config = AutoencoderConfig.from_dict(self.folder.config("vae"))
+        # Programs that do not know the preview map keep its key and drop its tensors when they save a model.
+        stored = config.preview and "preview.weight" in checkpoint
+        return build_and_load(PictureDecoder, replace(config, preview=stored), checkpoint)
 
     def _decoder_dtype(self) -> torch.dtype:
         """On a CPU the decoder's own, whatever the transformer runs in; elsewhere the transformer's."""
