@@ -6,7 +6,7 @@ dtype is asked for, dense ones too are never copied, so that processes share the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from linocut.errors import FormatError, PolicyError
-from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.checkpoint import Checkpoint, PackedEntry
 from linocut.formats.names import BFLCheckpoint, is_bfl
 from linocut.formats.packed import PackedTensor
 from linocut.models.linear import (
@@ -44,26 +44,39 @@ def quantize_(model: nn.Module, policy: Policy, fake: bool = False, eps: float =
     weights and keep the latent ones (the same Parameter objects), with mixing `eps` and gradient clipping `clip`.
     Raises PolicyError if the policy does not fit the model or picks a layer with a bias.
     """
-    layers = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
-    decisions = policy.plan({name: tuple(module.weight.shape) for name, module in layers.items()})
-    for name, (encoding, reason) in decisions.items():
-        module = layers[name]
-        if encoding != DENSE and getattr(module, "bias", None) is not None:
-            raise PolicyError(f"{name} has a bias, which packed layers do not; make it dense ({reason})")
+    decisions = plan_layers(model, policy)
     for name, (encoding, _) in decisions.items():
         if encoding == DENSE:
             continue
-        module = layers[name]
+        module: Any = model.get_submodule(name)
         if not fake:
-            packed = quantize_tensor(module.weight, encoding, method=method, name=name)
-            kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
-            swapped: nn.Module = kind.from_packed(packed).to(module.weight.device)
+            replace_packed(model, name, quantize_tensor(module.weight, encoding, method=method, name=name),
+                           module.weight.device)
         elif isinstance(module, nn.Linear):
-            swapped = FakeQuantLinear.from_linear(module, encoding, eps, clip)
+            _replace(model, name, FakeQuantLinear.from_linear(module, encoding, eps, clip).train(module.training))
         else:
-            swapped = FakeQuantEmbedding.from_embedding(module, encoding, eps)
-        _replace(model, name, swapped.train(module.training))
+            _replace(model, name, FakeQuantEmbedding.from_embedding(module, encoding, eps).train(module.training))
     return decisions
+
+
+def plan_layers(model: nn.Module, policy: Policy) -> dict[str, tuple[str, str]]:
+    """What `policy` decides of the Linears and Embeddings of `model`: {module path: (encoding, reason)}.
+
+    Raises PolicyError if the policy does not fit the model or picks a layer with a bias.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
+    decisions = policy.plan({name: tuple(module.weight.shape) for name, module in layers.items()})
+    for name, (encoding, reason) in decisions.items():
+        if encoding != DENSE and getattr(layers[name], "bias", None) is not None:
+            raise PolicyError(f"{name} has a bias, which packed layers do not; make it dense ({reason})")
+    return decisions
+
+
+def replace_packed(model: nn.Module, name: str, packed: PackedTensor, device: torch.device | str = "cpu") -> None:
+    """Put a packed layer with the weight `packed` where `model` has the Linear or Embedding `name`."""
+    module = model.get_submodule(name)
+    kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
+    _replace(model, name, kind.from_packed(packed).to(device).train(module.training))
 
 
 def set_eps(model: nn.Module, eps: float) -> None:
@@ -105,7 +118,7 @@ def build_and_load(model_cls: Callable[..., Model], config: Any, checkpoint: Wei
     rename: Callable[[str], str | None] = getattr(model, "rename_key", lambda name: name)
     wanted = {rename(name): name for name in checkpoint.names}
     wanted.pop(None, None)
-    _place_packed(model, checkpoint, rename, compute_dtype)
+    place_packed(model, checkpoint.packed, compute_dtype, rename)
     if dtype is None:
         _place_stored(model, compute_dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -141,10 +154,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _place_packed(model: nn.Module, checkpoint: Weights, rename: Callable[[str], str | None],
-                  compute_dtype: torch.dtype) -> None:
+def place_packed(model: nn.Module, packed: Mapping[str, PackedEntry], compute_dtype: torch.dtype,
+                 rename: Callable[[str], str | None] = lambda name: name) -> None:
+    """Put packed layers without values (on the meta device) where `packed`, a file's weights by module, has them.
+
+    Embedding rows will come out in `compute_dtype`. `rename` gives the network's name of a tensor of the file, or None
+    for one that it has no use for. Raises FormatError for a weight that fits no layer.
+    """
     modules = dict(model.named_modules())
-    for name, entry in checkpoint.packed.items():
+    for name, entry in packed.items():
         renamed = rename(f"{name}.codes")
         if renamed is None:
             continue
