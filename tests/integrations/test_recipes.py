@@ -1,4 +1,4 @@
-"""Every `linocut` command of docs/interop.md is executed, in the order of the text."""
+"""Every `linocut` command and every Python block of docs/interop.md is executed, in the order of the text."""
 
 import re
 import shlex
@@ -10,16 +10,22 @@ from click.testing import CliRunner
 from linocut.cli import cli
 
 TEXT = (Path(__file__).parents[2] / "docs" / "interop.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    linocut (.+)$", TEXT, re.MULTILINE)
+RECIPES = re.findall(r"^    linocut ([^\n]+)$|^```python\n(.+?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.slow
 def test_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) >= 6
-    for command in COMMANDS:
+    assert sum(bool(command) for command, _ in RECIPES) >= 7
+    assert sum(bool(program) for _, program in RECIPES) >= 2
+    for command, program in RECIPES:
+        if program:
+            exec(compile(program, "docs/interop.md", "exec"), {})
+            continue
         done = CliRunner().invoke(cli, shlex.split(command), standalone_mode=False)
         assert done.exception is None, f"{command}: {done.exception}"
         assert "all equal to the source" in done.output
-    for folder in ("for-sd", "for-diffusers", "for-mlx", "for-gemlite", "for-bfl", "from-mlx"):
+    for folder in ("for-sd", "packed", "saved", "for-diffusers", "for-mlx", "for-gemlite", "for-bfl", "from-mlx"):
         assert (tmp_path / folder / "model_index.json").is_file()
+    for file in ("apple.png", "ternary-transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / file).is_file()
