@@ -12,76 +12,100 @@ from serving import Serving
 
 from linocut.pipeline.png import read_recipe
 
+PICTURES = 16
+START_SECONDS = 60
 
-def kill_while_drawing(home, seconds):
-    """Draw and mark until the server is killed, so long after its first picture; returns what it reported as done."""
-    server = Serving(home)
-    reported: dict[str, dict] = {}
-    begun, stopped = threading.Event(), threading.Event()
 
-    def follow():
+class Life:
+    """One server on a gallery that others were killed over; draws, marks and is killed in its turn."""
+
+    def __init__(self, home):
+        self.server = Serving(home)
+        self.reported: dict[str, dict] = {}
+        self.drawing = threading.Event()
+        self.stopped = threading.Event()
+
+    def follow(self):
         try:
-            for kind, data in server.follow("/api/events"):
-                if kind == "image":
-                    reported[data["image"]["id"]] = data["image"]
-                    begun.set()
+            for kind, data in self.server.follow("/api/events"):
+                if kind == "preview":
+                    self.drawing.set()
+                elif kind == "image":
+                    self.reported[data["image"]["id"]] = data["image"]
         except OSError:
             pass
 
-    def edit():
-        while not stopped.is_set():
-            for image_id in list(reported):
+    def edit(self):
+        while not self.stopped.is_set():
+            for image_id in list(self.reported):
                 try:
-                    answer = server.ask("PATCH", f"/api/images/{image_id}", {"favourite": True, "tags": ["kept"]})
+                    answer = self.server.ask("PATCH", f"/api/images/{image_id}", {"favourite": True, "tags": ["kept"]})
                 except OSError:
                     return
                 if answer.status == 200:
-                    reported[image_id] = answer.json
+                    self.reported[image_id] = answer.json
             time.sleep(0.005)
 
-    threads = [threading.Thread(target=follow), threading.Thread(target=edit)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(8):
-            server.job(num_images=16)
-        begun.wait(60)  # loading takes as long as the machine is busy
-        time.sleep(seconds)
-    finally:
-        server.stop(signal.SIGKILL)
-        stopped.set()
+    def draw_until_killed(self, seconds):
+        """Kill it so long after it began to draw; returns whether it was drawing, and what it had reported as done."""
+        threads = [threading.Thread(target=self.follow), threading.Thread(target=self.edit)]
         for thread in threads:
-            thread.join()
-    return reported
+            thread.start()
+        try:
+            jobs = [self.server.job(num_images=PICTURES, steps=2) for _ in range(8)]
+            assert self.drawing.wait(START_SECONDS)
+            time.sleep(seconds)
+        finally:
+            self.server.stop(signal.SIGKILL)
+            self.stopped.set()
+            for thread in threads:
+                thread.join()
+        return len(self.reported) < PICTURES * len(jobs), self.reported
+
+    def entries(self):
+        there, cursor = {}, ""
+        while cursor is not None:
+            page = self.server.ask("GET", f"/api/images?limit=200{cursor and '&after=' + cursor}").json
+            there |= {image["id"]: image for image in page["images"]}
+            cursor = page["next"]
+        return there
 
 
-def check_nothing_lost(home, reported):
-    server = Serving(home)
-    there = {}
-    cursor = ""
-    while cursor is not None:
-        page = server.ask("GET", f"/api/images?limit=200{cursor and '&after=' + cursor}").json
-        there |= {image["id"]: image for image in page["images"]}
-        cursor = page["next"]
-    server.stop(signal.SIGKILL)
-    files = {path.stem for path in (home / "gallery" / "images").glob("*.png")}
-    assert files == set(there), "every file has its entry and every entry its file"
-    assert not list(home.rglob("*.partial"))
-    for image_id, image in reported.items():
-        # A mark that was answered is there; one that was on its way may be.
-        found = there[image_id]
-        assert found["favourite"] or not image["favourite"]
-        assert {**found, "favourite": 0, "tags": 0, "bytes": 0} == {**image, "favourite": 0, "tags": 0, "bytes": 0}
-    for name in files:
-        data = (home / "gallery" / "images" / f"{name}.png").read_bytes()
-        Image.open(io.BytesIO(data)).load()
-        assert read_recipe(io.BytesIO(data)).seed == there[name]["seed"]
+class Witness:
+    """Remembers what lives have reported, and looks at a gallery after each of them."""
+
+    def __init__(self, home):
+        self.folder, self.home = home / "gallery" / "images", home
+        self.reported: dict[str, dict] = {}
+        self.seeds: dict[str, int] = {}
+
+    def check_nothing_lost(self, there):
+        files = {path.stem for path in self.folder.glob("*.png")}
+        assert files == set(there), "every file has its entry and every entry its file"
+        assert not list(self.home.rglob("*.partial"))
+        for image_id, image in self.reported.items():
+            # A mark that was answered is there; one that was on its way may be.
+            found = there[image_id]
+            assert found["favourite"] or not image["favourite"]
+            assert {**found, "favourite": 0, "tags": 0, "bytes": 0} == {**image, "favourite": 0, "tags": 0, "bytes": 0}
+        for name in files - set(self.seeds):
+            data = (self.folder / f"{name}.png").read_bytes()
+            Image.open(io.BytesIO(data)).load()
+            self.seeds[name] = read_recipe(io.BytesIO(data)).seed
+        assert {name: there[name]["seed"] for name in files} == self.seeds
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_kill_loses_nothing(tmp_path, times):
-    moments, reported = random.Random(times), {}
+    moments, witness, amid = random.Random(times), Witness(tmp_path), 0
     for _ in range(times):
-        reported |= kill_while_drawing(tmp_path, moments.uniform(0, 0.7))
-        check_nothing_lost(tmp_path, reported)
-    assert len(reported) >= times, "the kills came while pictures were being made"
+        life = Life(tmp_path)
+        witness.check_nothing_lost(life.entries())
+        drawing, reported = life.draw_until_killed(moments.uniform(0, 1))
+        witness.reported |= reported
+        amid += drawing
+    last = Life(tmp_path)
+    witness.check_nothing_lost(last.entries())
+    last.server.stop(signal.SIGKILL)
+    assert amid == times, "every kill came while pictures were being drawn"
+    assert witness.reported
