@@ -1,5 +1,6 @@
 """`linocut serve` itself: what it says, what it refuses, how it starts and ends."""
 
+import json
 import signal
 import socket
 import stat
@@ -128,3 +129,39 @@ def test_examples_use_words_that_the_embedded_models_know():
     vocabulary = Vocabulary.of(ModelFolder.open("embedded"))
     assert vocabulary is not None
     assert [vocabulary.note(prompt) for prompt in SCENES] == [None] * len(SCENES)
+
+
+def test_no_network_call_is_observed_and_not_only_said(lan_server):
+    """Of a server that draws and tells its address on the LAN; a name that is looked up would be told."""
+    from conftest import TOKEN
+
+    for path in ("/api/link", "/api/models"):
+        assert lan_server.ask("GET", path, authorization=f"Bearer {TOKEN}").status == 200
+    network = lan_server.ask("GET", "/api/system", authorization=f"Bearer {TOKEN}").json["network"]
+    assert network["calls"] == []
+    assert "no connection" in network["statement"]
+
+
+def test_what_is_asked_of_the_network_is_seen():
+    """In a process of its own: an audit hook stays for good."""
+    code = """if True:
+        import contextlib, json, socket
+        from linocut.server.link import lan_address
+        from linocut.server.outgoing import statement, watch
+        watch()
+        lan_address()
+        with socket.create_server(("127.0.0.1", 0)) as own, socket.create_connection(own.getsockname()):
+            pass
+        assert watch().calls() == []
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                socket.getaddrinfo("models.invalid", 443)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:
+            far.connect(("203.0.113.1", 53))  # connecting UDP sends nothing
+        print(json.dumps(watch().calls()))
+        assert "hub ids" in statement(watch().calls())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [(call["kind"], call["host"], call["port"], call["count"]) for call in json.loads(done.stdout)]
+    assert found == [("lookup", "models.invalid", 443, 2), ("connection", "203.0.113.1", 53, 1)]

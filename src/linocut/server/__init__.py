@@ -4,7 +4,7 @@
     jobs.py       what is asked for: jobs, their queue;  feed.py  what happens, for followers
     worker.py     draws, one thread per device;          catalogue.py  the models there are
     gallery.py    finished pictures: PNG files, found again by SQLite
-    guard.py      who may ask: hosts, origins, tokens, sizes
+    guard.py      who may ask: hosts, origins, tokens, sizes;  outgoing.py  what this process asked of the network
     *_routes.py   HTTP in and out, nothing else;         schemas.py  what goes over the wire
 
 Needs the extra `serve`: pip install 'linocut[serve]'. Torch is imported by the workers alone, so the page is there

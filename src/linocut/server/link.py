@@ -7,12 +7,14 @@ from urllib.parse import quote
 from linocut.server.settings import Settings
 
 ANY = ("0.0.0.0", "::", "")
+PROBE = ("192.0.2.1", 9)
+"""A documentation address: connecting UDP picks a route and sends no packet."""
 
 
 def lan_address() -> str:
     """The address of this machine on the network that it routes by; 127.0.0.1 if it has none. Nothing is sent."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # a documentation address: connecting UDP picks a route and sends no packet
+        probe.connect(PROBE)
         return str(probe.getsockname()[0])
     return "127.0.0.1"
 

@@ -5,6 +5,7 @@ from collections import deque
 from typing import Any
 
 from linocut.pipeline import budget, memory
+from linocut.server import outgoing
 from linocut.server.catalogue import Catalogue
 from linocut.server.feed import Feed
 from linocut.server.gallery import Gallery
@@ -22,6 +23,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.outgoing = outgoing.watch()  # before models are opened, which may be downloads
         # Numbers go on rising over restarts, so that a follower of the last server is told to begin anew.
         self.everyone = Feed(KEPT_EVENTS, start=time.time_ns() // 1_000_000)
         self.gallery = Gallery(settings.home / "gallery")

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from linocut import __version__
 from linocut.pipeline import budget, machine, memory
 from linocut.pipeline.decoding import decoder_dtype
-from linocut.server import schemas
+from linocut.server import outgoing, schemas
 from linocut.server.guard import COOKIE, Guard, error_body
 from linocut.server.link import link, qr_svg
 from linocut.server.service import Service
@@ -35,6 +35,7 @@ def system_routes(service: Service, guard: Guard) -> APIRouter:
         images, size = service.gallery.size()
         starting = any(worker.state == "starting" for worker in service.workers)
         decoder, why = decoder_dtype()
+        calls = service.outgoing.calls()
         return {
             "version": __version__, "state": "starting" if starting else "ready", "machine": facts,
             "devices": [{"device": worker.device, "state": worker.state, "loaded": worker.loaded}
@@ -45,8 +46,7 @@ def system_routes(service: Service, guard: Guard) -> APIRouter:
             "kernels": [kernel for worker in service.workers for kernel in worker.kernels],
             "memory": {"rss": memory.resident_bytes(), "available": budget.available_bytes(),
                        "total": facts["memory_bytes"], "history": list(service.samples)},
-            "network": {"calls": [], "statement": "Nothing is sent anywhere: pictures are drawn and kept on this "
-                                                  "machine, and this server calls no other."},
+            "network": {"calls": calls, "statement": outgoing.statement(calls)},
             "gallery": {"folder": str(service.gallery.root), "images": images, "bytes": size},
             "idle_unload_seconds": settings.idle_seconds,
             "limits": {"prompt": MOST_PROMPT, "num_images": MOST_IMAGES, "steps": MOST_STEPS,

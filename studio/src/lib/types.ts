@@ -105,6 +105,16 @@ export interface Sample {
   available: number;
 }
 
+/** A name that the server's process looked up, or an address that it connected to. */
+export interface NetworkCall {
+  kind: "lookup" | "connection";
+  host: string;
+  port: number | null;
+  count: number;
+  first: number;
+  last: number;
+}
+
 export interface System {
   version: string;
   state: "starting" | "ready";
@@ -116,7 +126,7 @@ export interface System {
   decoder: { dtype: string; reason: string } | null;
   kernels: { model: string; component: string; kernel: string; reason: string }[];
   memory: { rss: number; available: number; total: number; history: Sample[] };
-  network: { calls: unknown[]; statement: string };
+  network: { calls: NetworkCall[]; statement: string };
   gallery: { folder: string; images: number; bytes: number };
   idle_unload_seconds: number;
   limits: { prompt: number; num_images: number; steps: number; side: number; queue: number; upload: number };
