@@ -12,7 +12,7 @@ from PIL import Image
 from linocut.pipeline.request import Job as Asked
 from linocut.pipeline.request import Request
 from linocut.server.feed import Feed
-from linocut.server.jobs import Queue, QueueFull, WrongState
+from linocut.server.jobs import KEPT_PREVIEWS, Queue, QueueFull, WrongState
 
 LONG = {"width": 256, "height": 256, "steps": 100}
 
@@ -179,3 +179,24 @@ def test_a_feed_drops_superseded_progress_and_resumes():
     assert not feed.holds_after(5)
     assert asyncio.run(read(0)) == [(2, "progress"), (3, "progress"), (4, "end")]
     assert asyncio.run(read(3)) == [(4, "end")]
+
+
+def test_previews_are_bounded():
+    """A job of sixteen pictures in a hundred steps makes 1,600 of them, and a hundred finished jobs are kept."""
+    everyone = Feed(200)
+    queue = Queue(50, everyone)
+    for _ in range(KEPT_PREVIEWS + 3):
+        job = queue.add("m", request())
+        assert queue.take(0) is job
+        for step in range(1000):
+            job.publish("preview", {"job": job.id, "step": step, "image": "x"})
+        queue.finish(job, "done")
+
+    async def told(feed):
+        feed.close()
+        return [event async for event in feed.follow()]
+
+    feeds = [asyncio.run(told(queue.find(job["id"]).feed)) for job in queue.describe_all()["jobs"]]
+    previews = [[event.data["step"] for event in events if event.kind == "preview"] for events in feeds]
+    assert previews == [list(range(900, 1000))] * KEPT_PREVIEWS + [[]] * 3, "newest jobs first"
+    assert all([events[0].kind, events[-1].kind] == ["job", "end"] for events in feeds)

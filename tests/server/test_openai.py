@@ -2,6 +2,7 @@
 
 import base64
 import io
+import threading
 import urllib.request
 
 import openai
@@ -83,6 +84,32 @@ def test_other_formats(client, kind):
 def test_errors_are_those_of_the_client_with_a_sentence(client, facts, error, words):
     with pytest.raises(error, match=words):
         client.images.generate(prompt="a red car", **facts)
+
+
+def test_a_job_that_is_cancelled_in_the_studio_is_not_drawn_again(server):
+    """OpenAI's client tries again by itself after most errors; what a person has stopped must stay stopped."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=3)
+    errors = []
+
+    def ask():
+        try:
+            client.images.generate(prompt="a car that is stopped", size="256x256", extra_body={"steps": 100})
+        except openai.APIStatusError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+
+    def mine():
+        return [job for job in server.ask("GET", "/api/jobs").json["jobs"] if "that is stopped" in job["prompt"]]
+
+    while not mine():
+        pass
+    assert server.ask("DELETE", f"/api/jobs/{mine()[0]['id']}").status == 200
+    asking.join(60)
+    assert [error.status_code for error in errors] == [409]
+    assert "cancelled" in str(errors[0])
+    assert len(mine()) == 1
 
 
 def test_hanging_up_cancels(server):

@@ -21,7 +21,7 @@ from linocut.server.guard import Guard, error_body
 from linocut.server.image_routes import WrongType, image_routes
 from linocut.server.job_routes import NoSuchJob, job_routes
 from linocut.server.jobs import QueueFull, WrongState
-from linocut.server.openai_routes import JobFailed, openai_routes
+from linocut.server.openai_routes import JobCancelled, JobFailed, openai_routes
 from linocut.server.service import SAMPLE_SECONDS, Service
 from linocut.server.settings import Settings
 from linocut.server.system_routes import system_routes, with_cookie
@@ -30,7 +30,7 @@ RETRY_SECONDS = 2
 STATUS: dict[type[LinocutError], tuple[int, str | None]] = {
     NoSuchImage: (404, None), NoSuchJob: (404, None), NoSuchModel: (404, "model_not_found"),
     QueueFull: (429, "queue_full"), WrongState: (409, None), TooLarge: (400, "too_large"), WrongType: (415, None),
-    JobFailed: (500, None)}
+    JobFailed: (500, None), JobCancelled: (409, "cancelled")}
 """Status and code of each error; what is not here is a mistake of the request: 400."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Error, "description": description} for status, description in {
@@ -79,6 +79,8 @@ def _add_errors(app: FastAPI) -> None:
     async def known(_: Request, error: LinocutError) -> JSONResponse:
         status, code = STATUS.get(type(error), (400, None))
         headers = {"retry-after": str(RETRY_SECONDS)} if status == 429 else None
+        if isinstance(error, JobCancelled):  # OpenAI's clients try again after 409 unless they are told not to
+            headers = {"x-should-retry": "false"}
         return JSONResponse(error_body(status, str(error), code=code), status, headers)
 
     @app.exception_handler(RequestValidationError)

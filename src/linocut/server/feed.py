@@ -1,7 +1,8 @@
 """Events from worker threads to any number of followers in the event loop.
 
 A feed keeps its recent events, so a follower that comes late or lost its connection takes up where it was, and one that
-is slow holds nothing up: it has a number, not a queue. Progress that was superseded is dropped.
+is slow holds nothing up: it has a number, not a queue. Progress that was superseded is dropped, and all but the newest
+previews.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ from typing import Any
 
 QUIET_SECONDS = 15.0
 SUPERSEDED = ("progress", "memory", "queue")
+MOST_PREVIEWS = 100
+"""Previews that a feed keeps: a job of many pictures makes thousands, and each is a picture."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,20 @@ class Feed:
                     self._events.pop()
             self._last += 1
             self._events.append(Event(self._last, kind, data))
+            if kind == "preview":
+                self._keep_previews(MOST_PREVIEWS)
             self._wake()
+
+    def forget_previews(self) -> None:
+        """Drop the previews: who follows from now on is told what lasts."""
+        with self._lock:
+            self._keep_previews(0)
+
+    def _keep_previews(self, newest: int) -> None:
+        previews = [event.number for event in self._events if event.kind == "preview"]
+        dropped = set(previews[:len(previews) - newest]) if len(previews) > newest else set()
+        if dropped:
+            self._events = deque((event for event in self._events if event.number not in dropped), self._events.maxlen)
 
     def close(self) -> None:
         """Let followers go once they have read everything."""

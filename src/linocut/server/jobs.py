@@ -18,6 +18,8 @@ from linocut.server.feed import Feed
 
 KEPT_JOBS = 100
 """Finished jobs that can still be asked about."""
+KEPT_PREVIEWS = 10
+"""Finished jobs whose previews are still there."""
 
 
 class QueueFull(LinocutError):
@@ -112,6 +114,8 @@ class Queue:
     def _end(self, job: Job, state: str, error: str | None = None) -> None:
         job.error, job.finished, job.progress, job.state = error, time.time(), None, state
         self._finished.append(job)
+        if len(self._finished) > KEPT_PREVIEWS:
+            self._finished[-KEPT_PREVIEWS - 1].feed.forget_previews()
         job.publish("end", job.to_dict())
         job.feed.close()
 

@@ -24,6 +24,10 @@ class JobFailed(LinocutError):
     """A job ended without pictures; the message says why."""
 
 
+class JobCancelled(LinocutError):
+    """Somebody cancelled the job, in the studio or by its route."""
+
+
 def openai_routes(service: Service, file_key: Callable[[str], str]) -> APIRouter:
     """The routes below /v1. `file_key` makes the part of a link that opens one file without the token."""
     router, queue = APIRouter(prefix="/v1", tags=["OpenAI"]), service.queue
@@ -94,7 +98,8 @@ class Answer:
                 elif event.kind == "end":
                     over = True
                     if self.job.state != "done":
-                        yield sse.encode("error", {"type": "error", **error_body(500, why_no_picture(self.job))})
+                        status = 409 if self.job.state == "cancelled" else 500
+                        yield sse.encode("error", {"type": "error", **error_body(status, why_no_picture(self.job))})
         finally:
             if not over:  # the client hung up
                 self.service.queue.cancel(self.job)
@@ -125,7 +130,7 @@ class Answer:
 
 
 async def _until_over(service: Service, job: Job, request: Request) -> None:
-    """Wait for the job's end; cancel it when the client hangs up. Raises JobFailed."""
+    """Wait for the job's end; cancel it when the client hangs up. Raises JobFailed, JobCancelled."""
 
     async def follow() -> None:
         async for _ in job.feed.follow():
@@ -142,6 +147,8 @@ async def _until_over(service: Service, job: Job, request: Request) -> None:
         for task in tasks:
             task.cancel()
         service.queue.cancel(job)
+    if job.state == "cancelled":
+        raise JobCancelled(why_no_picture(job))
     if job.state != "done":
         raise JobFailed(why_no_picture(job))
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from linocut.pipeline.run import Picture, Progress, StepState
 
 PROGRESS_SECONDS = 0.05
+PREVIEW_SIDE = 256
+"""Longest side of a preview in pixels; those of very large pictures are made smaller."""
 WAIT_SECONDS = 5.0
 KEEP_SHARE = 0.5
 """Networks of a model stay in memory between its pictures if drawing then takes at most this share of what is free."""
@@ -183,7 +185,10 @@ class Reports:
 
 
 def data_url(image: "Image") -> str:
-    """A picture as a data: URL that holds a PNG."""
+    """A preview as a data: URL that holds a PNG."""
+    if max(image.size) > PREVIEW_SIDE:
+        image = image.copy()
+        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
