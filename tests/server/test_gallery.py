@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import threading
 import time
 import zipfile
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from linocut.errors import FormatError
 from linocut.pipeline.png import Recipe, encode_png, read_recipe
-from linocut.server.gallery import TRASH_SECONDS, Gallery, NoSuchImage
+from linocut.server.gallery import TRASH_SECONDS, Gallery, NoSuchImage, NotInTrash
 from linocut.server.marks import Marks, read_marks, with_marks
 
 
@@ -104,9 +105,57 @@ def test_deletion_can_be_undone(gallery):
     assert found(gallery) == ["two"]
     assert found(gallery, trashed=True) == ["one"]
     assert gallery.file(one).is_file(), "still there to look at"
+    gallery.mark(one, favourite=True)
+    assert gallery.file(one).stat().st_mtime == pytest.approx(when, abs=0.001), "marks do not make it younger"
     assert gallery.restore([one, two])[0]["trashed"] is None
     assert found(gallery) == ["two", "one"]
     assert gallery.file(one).parent.name == "images"
+
+
+def test_pictures_that_move_are_read_all_the_same(gallery):
+    """A browser asks for a picture at the moment in which it is deleted, restored or destroyed."""
+    (one,) = fill(gallery, "one")
+    data, over = gallery.read(one), threading.Event()
+
+    def move():
+        while not over.is_set():
+            gallery.trash([one])
+            gallery.restore([one])
+
+    moving = threading.Thread(target=move)
+    moving.start()
+    try:
+        assert {gallery.read(one) for _ in range(300)} == {data}
+        assert gallery.recipe(one)["prompt"] == "one"
+    finally:
+        over.set()
+        moving.join()
+    gallery.trash([one])
+    gallery.purge([one])
+    (two,) = fill(gallery, "two")
+    gallery.file(two).unlink()  # by hand, while the server runs
+    with pytest.raises(NoSuchImage, match="gone"):
+        gallery.read(two)
+    for look in (gallery.read, gallery.thumbnail, gallery.recipe):
+        with pytest.raises(NoSuchImage):
+            look(one)
+
+
+def test_what_is_deleted_can_be_destroyed_and_nothing_else(gallery):
+    one, two, three = fill(gallery, "one", "two", "three")
+    gallery.trash([one, two])
+    gallery.thumbnail(one)
+    for ids, error in (([one, three], NotInTrash), ([one, "20200101-000000-000000-0000"], NoSuchImage)):
+        with pytest.raises(error):
+            gallery.purge(ids)
+    assert found(gallery, trashed=True) == ["two", "one"], "all or none"
+    assert [entry["id"] for entry in gallery.purge([one, one])] == [one]
+    assert found(gallery, trashed=True) == ["two"]
+    assert found(gallery, "one", trashed=True) == []
+    assert not [path for path in gallery.root.rglob("*") if path.stem == one]
+    with pytest.raises(NoSuchImage):
+        gallery.entry(one)
+    assert gallery.size()[0] == 1
 
 
 def test_the_trash_is_emptied_of_what_is_old(gallery):
@@ -179,6 +228,11 @@ def test_pictures_are_marked_deleted_and_exported_over_http(server):
     server.ask("POST", "/api/images/restore", {"ids": [one]})
     assert one in [image["id"] for image in server.images()]
     assert server.ask("POST", "/api/images/trash", {"ids": ["nothing"]}).status == 404
+    refused = server.ask("POST", "/api/images/purge", {"ids": [two]})
+    assert (refused.status, "not deleted" in refused.sentence) == (409, True)
+    server.ask("POST", "/api/images/trash", {"ids": [two]})
+    assert server.ask("POST", "/api/images/purge", {"ids": [two]}).json["images"][0]["id"] == two
+    assert server.ask("GET", f"/api/images/{two}").status == 404
 
     thumbnail = server.ask("GET", f"/api/images/{one}/thumbnail")
     assert thumbnail.headers["content-type"] == "image/webp"
@@ -203,3 +257,5 @@ def test_a_recipe_is_read_from_an_upload(server):
         assert words in refused.sentence
         assert "the uploaded file" in refused.sentence
     assert server.ask("POST", "/api/recipe", data, content_type="text/html").status == 415
+    bomb = server.ask("POST", "/api/recipe", encode_png(Image.new("1", (9000, 9000)), None), content_type="image/png")
+    assert (bomb.status, "9000 x 9000" in bomb.sentence) == (400, True)

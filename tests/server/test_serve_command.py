@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from conftest import TOKEN
 from serving import PROGRAM, Serving
 
 BLOCKED = "import sys; sys.modules['fastapi'] = None; sys.modules['uvicorn'] = None\n"
@@ -133,8 +134,6 @@ def test_examples_use_words_that_the_embedded_models_know():
 
 def test_no_network_call_is_observed_and_not_only_said(lan_server):
     """Of a server that draws and tells its address on the LAN; a name that is looked up would be told."""
-    from conftest import TOKEN
-
     for path in ("/api/link", "/api/models"):
         assert lan_server.ask("GET", path, authorization=f"Bearer {TOKEN}").status == 200
     network = lan_server.ask("GET", "/api/system", authorization=f"Bearer {TOKEN}").json["network"]

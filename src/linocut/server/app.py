@@ -16,7 +16,7 @@ from linocut import __version__
 from linocut.errors import LinocutError
 from linocut.server import schemas
 from linocut.server.catalogue import NoSuchModel, TooLarge
-from linocut.server.gallery import NoSuchImage
+from linocut.server.gallery import NoSuchImage, NotInTrash
 from linocut.server.guard import Guard, error_body
 from linocut.server.image_routes import WrongType, image_routes
 from linocut.server.job_routes import NoSuchJob, job_routes
@@ -29,8 +29,8 @@ from linocut.server.system_routes import system_routes, with_cookie
 RETRY_SECONDS = 2
 STATUS: dict[type[LinocutError], tuple[int, str | None]] = {
     NoSuchImage: (404, None), NoSuchJob: (404, None), NoSuchModel: (404, "model_not_found"),
-    QueueFull: (429, "queue_full"), WrongState: (409, None), TooLarge: (400, "too_large"), WrongType: (415, None),
-    JobFailed: (500, None), JobCancelled: (409, "cancelled")}
+    QueueFull: (429, "queue_full"), WrongState: (409, None), NotInTrash: (409, None), TooLarge: (400, "too_large"),
+    WrongType: (415, None), JobFailed: (500, None), JobCancelled: (409, "cancelled")}
 """Status and code of each error; what is not here is a mistake of the request: 400."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Error, "description": description} for status, description in {

@@ -9,6 +9,7 @@ random digits, so names sort by time.
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -49,6 +50,10 @@ class NoSuchImage(LinocutError):
     """The gallery has no picture of this ID."""
 
 
+class NotInTrash(LinocutError):
+    """Only what was deleted can be destroyed."""
+
+
 class Gallery:
     """Pictures in the folder `root`, which is made if it is not there. Safe for use from any thread."""
 
@@ -82,6 +87,8 @@ class Gallery:
             path = self.file(image_id)
             png = with_marks(path.read_bytes(), marks)
             _write(path, png)
+            if entry["trashed"] is not None:
+                os.utime(path, (entry["trashed"], entry["trashed"]))  # still the time of its deletion
             with self._base:
                 self._base.execute("UPDATE images SET favourite = ?, tags = ?, bytes = ? WHERE id = ?",
                                    (marks.favourite, json.dumps(marks.tags), len(png), image_id))
@@ -96,6 +103,23 @@ class Gallery:
     def restore(self, ids: Sequence[str]) -> list[Entry]:
         """Bring deleted pictures back. Raises NoSuchImage before anything is changed."""
         return self._move(ids, None)
+
+    def purge(self, ids: Sequence[str]) -> list[Entry]:
+        """Destroy pictures that lie in the trash, and return what they were.
+
+        Raises NoSuchImage or NotInTrash before anything is changed.
+        """
+        with self._lock:
+            entries = [self.entry(image_id) for image_id in dict.fromkeys(ids)]
+            for entry in entries:
+                if entry["trashed"] is None:
+                    raise NotInTrash(f"the picture {entry['id']} is not deleted; delete it first, then destroy it")
+            for entry in entries:
+                self._destroy(entry["id"])
+            with self._base:
+                for entry in entries:
+                    self._forget(entry["id"])
+        return entries
 
     def _move(self, ids: Sequence[str], trashed: float | None) -> list[Entry]:
         with self._lock:
@@ -126,23 +150,35 @@ class Gallery:
         """The PNG of a picture, in the trash or not. Raises NoSuchImage."""
         return self._file(image_id, self.entry(image_id)["trashed"])
 
+    def read(self, image_id: str) -> bytes:
+        """The bytes of the PNG. A path would not do: the file moves when it is deleted, restored or destroyed."""
+        with self._lock:
+            try:
+                return self.file(image_id).read_bytes()
+            except FileNotFoundError:
+                raise NoSuchImage(f"the file of picture {image_id} is gone from the gallery's folder") from None
+
     def recipe(self, image_id: str) -> dict[str, Any]:
         """The recipe in the picture's file as JSON-ready values."""
-        return recipe_dict(read_recipe(self.file(image_id)))
+        return recipe_dict(read_recipe(io.BytesIO(self.read(image_id))))
 
-    def thumbnail(self, image_id: str) -> Path:
+    def thumbnail(self, image_id: str) -> bytes:
         """A WebP of the picture, at most 256 pixels on its longer side; made now unless it is there."""
-        source, path = self.file(image_id), self.root / "thumbs" / f"{image_id}.webp"
-        if not path.exists():
-            import io
+        path = self.root / "thumbs" / f"{image_id}.webp"
+        with self._lock:
+            self.entry(image_id)
+            if path.exists():
+                return path.read_bytes()
+        from PIL import Image
 
-            from PIL import Image
-            with Image.open(source, formats=["PNG"]) as image:
-                image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "WEBP", quality=85)
+        with Image.open(io.BytesIO(self.read(image_id)), formats=["PNG"]) as image:
+            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "WEBP", quality=85)
+        with self._lock:
+            self.entry(image_id)  # it may have been destroyed meanwhile
             _write(path, buffer.getvalue())
-        return path
+        return buffer.getvalue()
 
     def search(self, query: str = "", *, model: str | None = None, tag: str | None = None,
                favourite: bool | None = None, trashed: bool = False, since: float | None = None,
@@ -204,6 +240,15 @@ class Gallery:
         self._base.execute("INSERT INTO words (rowid, prompt, tags, model) VALUES (?, ?, ?, ?)",
                            (number, recipe.prompt, " ".join(marks.tags), recipe.model))
 
+    def _forget(self, image_id: str) -> None:
+        self._base.execute("DELETE FROM words WHERE rowid = (SELECT number FROM images WHERE id = ?)", (image_id,))
+        self._base.execute("DELETE FROM images WHERE id = ?", (image_id,))
+
+    def _destroy(self, image_id: str) -> None:
+        """Remove what lies in the trash, the picture last: a thumbnail that stayed would show it still."""
+        (self.root / "thumbs" / f"{image_id}.webp").unlink(missing_ok=True)
+        (self.root / "trash" / f"{image_id}.png").unlink(missing_ok=True)
+
     def _open_database(self) -> sqlite3.Connection:
         path = self.root / "gallery.sqlite"
         try:
@@ -226,8 +271,7 @@ class Gallery:
                     continue
                 trashed = item.stat().st_mtime if folder == "trash" else None
                 if trashed is not None and trashed < time.time() - TRASH_SECONDS:
-                    os.unlink(item.path)
-                    (self.root / "thumbs" / f"{name}.webp").unlink(missing_ok=True)
+                    self._destroy(name)
                     continue
                 files[name] = trashed
         with self._lock, self._base:
@@ -235,8 +279,7 @@ class Gallery:
             wrong = [name for name, trashed in known.items()
                      if name not in files or (files[name] is None) != (trashed is None)]
             for name in wrong:
-                self._base.execute("DELETE FROM words WHERE rowid = (SELECT number FROM images WHERE id = ?)", (name,))
-                self._base.execute("DELETE FROM images WHERE id = ?", (name,))
+                self._forget(name)
             for name in sorted(files.keys() - (known.keys() - set(wrong))):
                 path = self._file(name, files[name])
                 try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
-from linocut.errors import LinocutError
+from linocut.errors import LinocutError, UsageError
 from linocut.pipeline.png import read_recipe, recipe_dict
 from linocut.server import schemas
+from linocut.server.marks import SIGNATURE
 from linocut.server.service import Service
+from linocut.server.settings import LARGEST_SIDE
 
 UPLOAD_TYPES = ("image/png", "application/octet-stream")
 ZIP_IN_MEMORY = 16 << 20
@@ -63,6 +66,11 @@ def image_routes(service: Service) -> APIRouter:
     def restore_images(asked: schemas.Ids) -> dict[str, Any]:
         return {"images": changed(gallery.restore(asked.ids))}
 
+    @router.post("/images/purge", response_model=schemas.Images)
+    def purge_images(asked: schemas.Ids) -> dict[str, Any]:
+        """Destroy pictures that lie in the trash. This cannot be undone."""
+        return {"images": changed(gallery.purge(asked.ids))}
+
     @router.post("/images/export", response_class=StreamingResponse, responses={
         200: {"content": {"application/zip": {}}, "description": "A ZIP of PNG files and recipes.json."}})
     def export_images(asked: schemas.Ids) -> StreamingResponse:
@@ -78,18 +86,20 @@ def image_routes(service: Service) -> APIRouter:
     def mark_image(image_id: str, marks: schemas.Marks) -> dict[str, Any]:
         return changed([gallery.mark(image_id, marks.favourite, marks.tags)])[0]
 
-    @router.get("/images/{image_id}/file", response_class=FileResponse, responses={
+    @router.get("/images/{image_id}/file", response_class=Response, responses={
         200: {"content": {"image/png": {}}, "description": "The PNG with its recipe."}})
-    def get_file(image_id: str, download: bool = False) -> FileResponse:
-        return FileResponse(gallery.file(image_id), media_type="image/png", filename=f"{image_id}.png",
-                            content_disposition_type="attachment" if download else "inline",
-                            headers={"cache-control": "private, no-cache"})  # marks are in the file, so it may change
+    def get_file(image_id: str, download: bool = False) -> Response:
+        png = gallery.read(image_id)  # found, so the ID is one of ours and safe in a header
+        how = "attachment" if download else "inline"
+        return Response(png, media_type="image/png", headers={
+            "content-disposition": f'{how}; filename="{image_id}.png"',
+            "cache-control": "private, no-cache"})  # marks are in the file, so it may change
 
-    @router.get("/images/{image_id}/thumbnail", response_class=FileResponse, responses={
+    @router.get("/images/{image_id}/thumbnail", response_class=Response, responses={
         200: {"content": {"image/webp": {}}, "description": "At most 256 pixels on the longer side."}})
-    def get_thumbnail(image_id: str) -> FileResponse:
-        return FileResponse(gallery.thumbnail(image_id), media_type="image/webp",
-                            headers={"cache-control": "private, max-age=31536000, immutable"})
+    def get_thumbnail(image_id: str) -> Response:
+        return Response(gallery.thumbnail(image_id), media_type="image/webp",
+                        headers={"cache-control": "private, max-age=31536000, immutable"})
 
     @router.post("/recipe", response_model=schemas.FoundRecipe, openapi_extra={"requestBody": {
         "required": True, "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}})
@@ -98,12 +108,23 @@ def image_routes(service: Service) -> APIRouter:
         kind = request.headers.get("content-type", UPLOAD_TYPES[0]).partition(";")[0].strip().lower()
         if kind not in UPLOAD_TYPES:
             raise WrongType(f"the body must be a PNG (expected Content-Type image/png, found {kind[:80]!r})")
-        recipe = await run_in_threadpool(read_recipe, Upload(await request.body()))
+        data = await request.body()
+        _check_size(data, max(LARGEST_SIDE, service.settings.largest_side) ** 2)
+        recipe = await run_in_threadpool(read_recipe, Upload(data))
         folder = service.catalogue.folders.get(recipe.model)
         same = None if folder is None else await run_in_threadpool(folder.hash) == recipe.model_hash
         return {"recipe": recipe_dict(recipe), "model_known": folder is not None, "same_weights": same}
 
     return router
+
+
+def _check_size(png: bytes, most_pixels: int) -> None:
+    """Refuse a picture whose pixels would fill the memory: they are decoded where text is looked for behind them."""
+    if len(png) >= 24 and png.startswith(SIGNATURE):
+        width, height = struct.unpack_from(">II", png, 16)  # a PNG begins with its size (PNG specification 11.2.2)
+        if width * height > most_pixels:
+            raise UsageError(f"the uploaded file is too large a picture (expected at most {most_pixels} pixels, found "
+                             f"{width} x {height}); linocut generate --from-image reads it")
 
 
 def _zip(service: Service, ids: list[str]) -> IO[bytes]:
@@ -114,7 +135,7 @@ def _zip(service: Service, ids: list[str]) -> IO[bytes]:
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as writer:  # PNGs do not get smaller
         for entry in entries:
             name = f"{entry['id']}.png"
-            writer.write(service.gallery.file(entry["id"]), name)
+            writer.writestr(name, service.gallery.read(entry["id"]))
             recipes.append({"file": name, "favourite": entry["favourite"], "tags": entry["tags"],
                             "recipe": service.gallery.recipe(entry["id"])})
         writer.writestr("recipes.json", json.dumps(recipes, ensure_ascii=False, indent=1))

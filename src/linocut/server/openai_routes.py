@@ -111,7 +111,7 @@ class Answer:
 
     def final(self, image: dict[str, Any]) -> str:
         """A picture of the gallery in base64: the PNG as it is, or converted."""
-        png = self.service.gallery.file(image["id"]).read_bytes()
+        png = self.service.gallery.read(image["id"])
         return base64.b64encode(png if self.format == "png" else self._convert(png)).decode()
 
     def _enlarged(self, preview: str) -> str:

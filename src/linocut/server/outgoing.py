@@ -7,6 +7,7 @@ a download of a model shows by the name that it looked up.
 
 import functools
 import ipaddress
+import socket
 import sys
 import threading
 import time
@@ -23,14 +24,14 @@ class Outgoing:
     """Names that were looked up and addresses that were connected to, this machine's own left out."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._places: dict[Place, dict[str, Any]] = {}
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take note of an audit event; it is called for all of them, and most are of no interest."""
         if event == "socket.connect" or event == "socket.sendto":
-            address = arguments[1]
-            if isinstance(address, tuple) and address != PROBE:  # others are sockets of this machine's file system
+            asking, address = arguments
+            if asking.family in (socket.AF_INET, socket.AF_INET6) and address != PROBE:
                 self._note("connection", str(address[0]), int(address[1]))
         elif event == "socket.getaddrinfo":
             name, port = arguments[:2]

@@ -146,13 +146,15 @@ class Worker(threading.Thread):
         return pipe
 
     def _note_kernels(self, pipe: "Pipeline") -> None:
+        from linocut.kernels.dispatch import candidate
+
         width, height = pipe.folder.settings["default_size"]
         text = int(pipe.folder.settings["text_length"])
         for component, tokens in (("transformer", width * height // 256 + text), ("text_encoder", text)):
-            why_not = pipe.why_not_fused(component)
-            reason = "whole blocks run in C++" if why_not is None else f"layer by layer: {why_not}"
-            facts = {"model": pipe.folder.name, "component": component, "kernel": pipe.kernel(tokens, component),
-                     "reason": reason}
+            kernel, why_not = pipe.kernel(tokens, component), pipe.why_not_fused(component)
+            layers = "whole blocks run in C++" if why_not is None else f"layer by layer: {why_not}"
+            summary = "" if kernel == "torch" else f"{candidate(kernel.split()[0]).summary}; "
+            facts = {"model": pipe.folder.name, "component": component, "kernel": kernel, "reason": summary + layers}
             if facts not in self.kernels:
                 self.kernels.append(facts)
 
