@@ -3,9 +3,12 @@
 axe is Deque's rule engine, as `axe-playwright-python` packs it.
 """
 
+import re
+
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
+from studio_server import SIZES, start, stop
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +83,53 @@ def test_a_page_zoomed_to_200_percent_stays_usable(open_studio):
         page.evaluate("screen => location.hash = '/' + screen", screen)
         expect(page.locator("h1")).to_have_count(1)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{screen} scrolls sideways"
+
+
+def test_it_can_be_installed_and_opens_without_the_server(open_studio):
+    page = open_studio()
+    assert page.evaluate("navigator.serviceWorker.ready.then(worker => worker.active !== null)")
+    page.reload()  # from now on the page is the service worker's
+    expect(page.get_by_role("button", name="Draw 1 picture")).to_be_visible()
+    chromium = page.context.new_cdp_session(page)
+    assert chromium.send("Page.getAppManifest")["errors"] == []
+    hindrances = {each["errorId"] for each in chromium.send("Page.getInstallabilityErrors")["installabilityErrors"]}
+    assert hindrances <= {"in-incognito"}, "a browser's context of a test is private"
+    page.context.set_offline(True)
+    page.reload()
+    expect(page.get_by_role("alert").first).to_contain_text("does not answer")
+    page.context.set_offline(False)
+    expect(page.get_by_text("does not answer")).to_have_count(0)
+
+
+def test_who_has_no_token_is_asked_for_it(browser, tmp_path):
+    """And a phone that opens the link of the QR code is not."""
+    token = "a-token-of-the-tests"
+    process, address = start(tmp_path, "--host", "0.0.0.0", "--token", token)
+    address = re.sub(r"//.*:", "//127.0.0.1:", address)
+    try:
+        context = browser.new_context(viewport=SIZES["phone"])
+        page = context.new_page()
+        page.goto(address)
+        field = page.get_by_label("Token")
+        field.fill("not-this-one")
+        field.press("Enter")
+        expect(page.get_by_role("alert").first).to_contain_text("not the token")
+        assert serious(page) == []
+        field.fill(token)
+        field.press("Enter")
+        expect(page.get_by_role("button", name="Draw 1 picture")).to_be_visible()
+        page.get_by_role("button", name="Open on a phone").click()
+        expect(page.get_by_alt_text("QR code of the studio's address")).to_be_visible()
+        link = page.get_by_label("The studio's address").input_value()
+        assert link.endswith(f"/?token={token}")
+        assert serious(page) == []
+        context.close()
+
+        phone = browser.new_context(viewport=SIZES["phone"])
+        page = phone.new_page()
+        page.goto(address + link[link.index("/?"):])
+        expect(page.get_by_role("button", name="Draw 1 picture")).to_be_visible()
+        assert "token" not in page.url
+        phone.close()
+    finally:
+        stop(process)

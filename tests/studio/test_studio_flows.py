@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import time
 import zipfile
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_the_history_and_the_seed(open_studio):
     expect(page.get_by_label("Seed", exact=True)).to_have_value(kept)
 
 
+def test_examples_and_the_history_fill_in_and_draw_nothing(open_studio):
+    page = open_studio()
+    draw(page, "a purple backpack")
+    before = len(page.request.get(page.url.split("#")[0] + "api/jobs").json()["jobs"])
+    page.get_by_role("group", name="Examples").get_by_role("button").first.click()
+    expect(page.locator("textarea#prompt")).to_have_value(PROMPT)
+    page.get_by_role("button", name="Other examples").click()
+    page.get_by_role("button", name="History").click()
+    page.get_by_role("list", name="Earlier prompts").get_by_role("button", name="a purple backpack").click()
+    expect(page.locator("textarea#prompt")).to_have_value("a purple backpack")
+    page.wait_for_timeout(300)
+    assert len(page.request.get(page.url.split("#")[0] + "api/jobs").json()["jobs"]) == before
+
+
 def test_the_queue_is_reordered_and_cancelled_by_keyboard(open_studio):
     page = open_studio()
     page.get_by_label("Steps", exact=True).fill("100")
@@ -94,6 +109,29 @@ def test_the_queue_is_reordered_and_cancelled_by_keyboard(open_studio):
     expect(waiting.first).to_contain_text("a blue car")
     page.get_by_role("button", name="Cancel: a blue car").click()
     expect(waiting).to_have_count(0)
+    page.locator("textarea#prompt").press("Escape")
+    expect(page.get_by_role("button", name=re.compile("^Cancel"))).to_have_count(0)
+
+
+def test_an_answer_that_comes_late_does_not_put_a_job_back(open_studio):
+    """The stream of events is often faster than the answer to the request that started the job."""
+    page = open_studio()
+
+    def late(route):
+        answer = route.fetch()
+        time.sleep(1.5)
+        route.fulfill(response=answer)
+
+    page.route("**/api/jobs", late)
+    page.get_by_label("Steps", exact=True).fill("100")
+    page.get_by_label("Steps", exact=True).press("Tab")
+    page.locator("textarea#prompt").fill("a green car")
+    with page.expect_response(lambda answer: answer.request.method == "POST" and answer.url.endswith("/api/jobs")):
+        page.locator("textarea#prompt").press("Control+Enter")
+        expect(page.get_by_role("button", name=re.compile("^Cancel"))).to_have_count(1)
+    page.wait_for_timeout(200)
+    expect(page.get_by_role("region", name="Waiting")).to_have_count(0)
+    expect(page.get_by_text("Waiting for its turn")).to_have_count(0)
     page.locator("textarea#prompt").press("Escape")
     expect(page.get_by_role("button", name=re.compile("^Cancel"))).to_have_count(0)
 
@@ -153,13 +191,66 @@ def test_the_gallery(open_studio, tmp_path):
         assert len([name for name in archive.namelist() if name.endswith(".png")]) == 2
         assert len(json.loads(archive.read("recipes.json"))) == 2
 
-    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
     expect(trains).to_have_count(0)
     page.get_by_role("button", name="Undo").click()
     expect(trains).to_have_count(1)
     trains.click()
     page.get_by_role("button", name="Use these settings").click()
     expect(page.locator("textarea#prompt")).to_have_value("a red train left of a blue boat")
+
+
+def test_what_is_deleted_is_found_again_restored_or_destroyed(open_studio):
+    page = open_studio()
+    for prompt in ("a purple car", "a purple boat"):
+        draw(page, prompt)
+    page.goto(page.url.split("#")[0] + "#/gallery")
+    page.get_by_role("searchbox").fill("purple")
+    car, boat = (page.get_by_role("button", name=f"a purple {thing}", exact=True) for thing in ("car", "boat"))
+    car.click()
+    page.keyboard.press("Delete")
+    expect(car).to_have_count(0)
+    boat.click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(boat).to_have_count(0)
+
+    page.get_by_role("button", name="Deleted").click()
+    expect(boat).to_have_count(1)
+    car.click()
+    page.get_by_role("dialog").get_by_role("button", name="Restore").click()
+    expect(car).to_have_count(0)
+    page.get_by_role("button", name="Select").click()
+    boat.click()
+    page.get_by_role("button", name="Destroy").click()
+    page.get_by_role("dialog", name="Destroy 1 picture?").get_by_role("button", name="Destroy").click()
+    expect(boat).to_have_count(0)
+    page.get_by_role("button", name="Deleted").click()
+    expect(car).to_have_count(1)
+    expect(boat).to_have_count(0)
+
+
+def test_escape_stops_what_is_looked_at_alone(open_studio):
+    """On the gallery it leaves the selection and lets the drawing go on; in the list of prompts it closes the list."""
+    page = open_studio()
+    draw(page, "a photo of a yellow car")
+    for what, number in (("Steps", "100"), ("Pictures", "16")):
+        page.get_by_label(what, exact=True).fill(number)
+        page.get_by_label(what, exact=True).press("Tab")
+    page.locator("textarea#prompt").press("Control+Enter")
+    cancel = page.get_by_role("button", name=re.compile("^Cancel"))
+    expect(cancel).to_have_count(1)
+    page.get_by_role("button", name="History").click()
+    page.get_by_role("list", name="Earlier prompts").get_by_role("button").first.press("Escape")
+    expect(page.get_by_role("list", name="Earlier prompts")).to_have_count(0)
+    page.get_by_role("link", name="Gallery").click()
+    select = page.get_by_role("button", name="Select")
+    select.click()
+    page.keyboard.press("Escape")
+    expect(select).to_have_attribute("aria-pressed", "false")
+    page.get_by_role("link", name="Create").click()
+    expect(cancel).to_have_count(1)
+    page.locator("textarea#prompt").press("Escape")
+    expect(cancel).to_have_count(0)
 
 
 def test_two_models_under_a_slider(open_studio):

@@ -58,6 +58,7 @@ export const api = {
   change: (id: string, change: { favourite?: boolean; tags?: string[] }) => ask<Picture>("PATCH", `/api/images/${of(id)}`, change),
   trash: (ids: readonly string[]) => ask<{ images: Picture[] }>("POST", "/api/images/trash", { ids }),
   restore: (ids: readonly string[]) => ask<{ images: Picture[] }>("POST", "/api/images/restore", { ids }),
+  purge: (ids: readonly string[]) => ask<{ images: Picture[] }>("POST", "/api/images/purge", { ids }),
   exported: (ids: readonly string[]) => send("POST", "/api/images/export", { ids }).then((answer) => answer.blob()),
   tags: () => ask<{ tags: { tag: string; count: number }[] }>("GET", "/api/tags"),
   recipe: (png: Blob) =>

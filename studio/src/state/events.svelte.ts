@@ -5,6 +5,7 @@ import type { Job, Picture, Preview, Progress, Sample } from "../lib/types";
 export interface Events {
   hello: { version: string };
   job: Job;
+  queue: { order: string[] };
   progress: Progress & { job: string };
   preview: Preview;
   image: { job: string; picture: number; image: Picture };
@@ -34,7 +35,7 @@ class EventStream {
       // The browser tries again by itself, unless the server refused.
       if (source.readyState === EventSource.CLOSED) setTimeout(() => this.#source === source && this.open(), RETRY_MS);
     };
-    for (const name of ["hello", "job", "progress", "preview", "image", "end", "gallery", "memory"] as const) {
+    for (const name of ["hello", "job", "queue", "progress", "preview", "image", "end", "gallery", "memory"] as const) {
       source.addEventListener(name, (event) => this.#tell(name, JSON.parse(event.data)));
     }
   }

@@ -1,6 +1,6 @@
 /** The pictures that were drawn: a page of those that are searched for, and what was changed about any of them. */
 
-import { api } from "../lib/api";
+import { api, ApiError } from "../lib/api";
 import { saveBlob } from "../lib/browser";
 import { plural } from "../lib/format";
 import type { Picture } from "../lib/types";
@@ -13,6 +13,8 @@ class Gallery {
   query = $state("");
   onlyFavourites = $state(false);
   onlyTag = $state("");
+  /** Whether deleted pictures are shown, which can be brought back. */
+  trash = $state(false);
   list = $state<Picture[]>([]);
   total = $state<number | null>(null);
   tags = $state<string[]>([]);
@@ -24,7 +26,7 @@ class Gallery {
   #timer = 0;
   #opened = false;
 
-  filtered = $derived(this.query.trim() !== "" || this.onlyFavourites || this.onlyTag !== "");
+  filtered = $derived(this.query.trim() !== "" || this.onlyFavourites || this.onlyTag !== "" || this.trash);
 
   constructor() {
     events.on("image", () => this.#opened && this.#soon());
@@ -40,7 +42,7 @@ class Gallery {
     this.#soon();
   }
 
-  filter(change: { query?: string; onlyFavourites?: boolean; onlyTag?: string }): void {
+  filter(change: { query?: string; onlyFavourites?: boolean; onlyTag?: string; trash?: boolean }): void {
     Object.assign(this, change);
     void this.load();
   }
@@ -92,9 +94,8 @@ class Gallery {
     try {
       const { images } = await api.trash(ids);
       this.#take(images);
-      this.list = this.list.filter((each) => !ids.includes(each.id));
-      if (this.total !== null) this.total -= ids.length;
-      toasts.say(`${plural(ids.length, "picture")} deleted.`, { label: "Undo", run: () => void this.#restore(ids) });
+      this.#leave(ids);
+      toasts.say(`${plural(ids.length, "picture")} deleted.`, { label: "Undo", run: () => void this.restore(ids) });
     } catch (error) {
       toasts.fail(error);
     }
@@ -108,10 +109,22 @@ class Gallery {
     }
   }
 
-  async #restore(ids: readonly string[]): Promise<void> {
+  /** Destroy deleted pictures. There is no way back, so whoever calls this has asked first. */
+  async purge(ids: readonly string[]): Promise<void> {
+    try {
+      await api.purge(ids);
+      this.#leave(ids);
+      toasts.say(`${plural(ids.length, "picture")} destroyed.`);
+    } catch (error) {
+      toasts.fail(error);
+    }
+  }
+
+  async restore(ids: readonly string[]): Promise<void> {
     try {
       this.#take((await api.restore(ids)).images);
       if (this.#opened) await this.load();
+      if (this.trash) toasts.say(`${plural(ids.length, "picture")} restored.`);
     } catch (error) {
       toasts.fail(error);
     }
@@ -133,7 +146,17 @@ class Gallery {
     const known = ids.filter((id) => this.#changed[id] || this.list.some((each) => each.id === id));
     const fresh = await Promise.allSettled(known.map((id) => api.picture(id)));
     this.#take(fresh.flatMap((each) => (each.status === "fulfilled" ? [each.value] : [])));
-    this.list = this.list.filter((each) => !this.now(each).trashed);
+    const gone = known.filter((_, index) => {
+      const each = fresh[index];
+      return each?.status === "rejected" && each.reason instanceof ApiError && each.reason.status === 404;
+    });
+    this.#leave([...gone, ...this.list.filter((each) => Boolean(this.now(each).trashed) !== this.trash).map((each) => each.id)]);
+  }
+
+  #leave(ids: readonly string[]): void {
+    const before = this.list.length;
+    this.list = this.list.filter((each) => !ids.includes(each.id));
+    if (this.total !== null) this.total -= before - this.list.length;
   }
 
   #soon(): void {
@@ -146,6 +169,7 @@ class Gallery {
     if (this.query.trim()) search.set("query", this.query.trim());
     if (this.onlyFavourites) search.set("favourite", "true");
     if (this.onlyTag) search.set("tag", this.onlyTag);
+    if (this.trash) search.set("trashed", "true");
     if (after) search.set("after", after);
     return search;
   }

@@ -6,14 +6,18 @@ import { events } from "./events.svelte";
 import { toasts } from "./toasts.svelte";
 
 const OVER: ReadonlySet<Job["state"]> = new Set(["done", "failed", "cancelled"]);
+/** Jobs go forward through these. */
+const STAGE: Readonly<Record<Job["state"], number>> = { queued: 0, running: 1, done: 2, failed: 2, cancelled: 2 };
 
 class Jobs {
   list = $state<Job[]>([]);
+  /** What waits, in the server's order. A job's own `position` is that of the moment at which it was told. */
+  #order = $state.raw<readonly string[]>([]);
   #previews = $state<Record<string, Preview[]>>({});
   #waiting = new Map<string, (job: Job) => void>();
 
   running = $derived(this.list.find((job) => job.state === "running"));
-  queued = $derived(this.list.filter((job) => job.state === "queued").sort((a, b) => (a.position ?? 0) - (b.position ?? 0)));
+  queued = $derived(this.list.filter((job) => job.state === "queued").sort((a, b) => this.#place(a) - this.#place(b)));
   active = $derived([...(this.running ? [this.running] : []), ...this.queued]);
   /** What is being drawn, else what comes next, else what was drawn last. */
   shown = $derived(this.active[0] ?? this.list.filter((job) => job.state !== "cancelled" || job.images.length).reduce<Job | undefined>(
@@ -23,6 +27,7 @@ class Jobs {
     events.on("hello", () => void this.#load());
     events.on("job", (job) => this.#put(job));
     events.on("end", (job) => this.#put(job));
+    events.on("queue", ({ order }) => (this.#order = order));
     events.on("progress", ({ job: id, ...progress }) => {
       const job = this.list.find((each) => each.id === id);
       if (job) job.progress = progress;
@@ -70,25 +75,31 @@ class Jobs {
   }
 
   async move(id: string, position: number): Promise<void> {
-    await api.move(id, position).then(() => this.#load(), (error) => toasts.fail(error));
+    await api.move(id, position).then((job) => this.#put(job), (error) => toasts.fail(error));
   }
 
   async #load(): Promise<void> {
     try {
       const { jobs } = await api.jobs();
       this.list = jobs;
+      this.#order = jobs.filter((job) => job.state === "queued").map((job) => job.id);
       jobs.forEach((job) => this.#settle(job));
     } catch (error) {
       toasts.fail(error);
     }
   }
 
-  /** An answer to a request may come after the events that followed it: what is over stays over. */
+  #place(job: Job): number {
+    const place = this.#order.indexOf(job.id);
+    return place < 0 ? this.#order.length : place;
+  }
+
+  /** An answer to a request may come after the events that followed it: what is drawn already waits no more. */
   #put(job: Job): void {
     const place = this.list.findIndex((each) => each.id === job.id);
     const known = this.list[place];
     if (!known) this.list.unshift(job);
-    else if (!OVER.has(known.state) || OVER.has(job.state)) this.list[place] = job;
+    else if (STAGE[job.state] >= STAGE[known.state]) this.list[place] = job;
     this.#settle(job);
   }
 
