@@ -80,14 +80,14 @@ def test_the_history_and_the_seed(open_studio):
 
 def test_examples_and_the_history_fill_in_and_draw_nothing(open_studio):
     page = open_studio()
-    draw(page, "a purple backpack")
+    draw(page, "a yellow banana")
     before = len(page.request.get(page.url.split("#")[0] + "api/jobs").json()["jobs"])
     page.get_by_role("group", name="Examples").get_by_role("button").first.click()
     expect(page.locator("textarea#prompt")).to_have_value(PROMPT)
     page.get_by_role("button", name="Other examples").click()
     page.get_by_role("button", name="History").click()
-    page.get_by_role("list", name="Earlier prompts").get_by_role("button", name="a purple backpack").click()
-    expect(page.locator("textarea#prompt")).to_have_value("a purple backpack")
+    page.get_by_role("list", name="Earlier prompts").get_by_role("button", name="a yellow banana").click()
+    expect(page.locator("textarea#prompt")).to_have_value("a yellow banana")
     page.wait_for_timeout(300)
     assert len(page.request.get(page.url.split("#")[0] + "api/jobs").json()["jobs"]) == before
 
@@ -247,7 +247,7 @@ def test_escape_stops_what_is_looked_at_alone(open_studio):
     select.click()
     page.keyboard.press("Escape")
     expect(select).to_have_attribute("aria-pressed", "false")
-    page.get_by_role("link", name="Create").click()
+    page.get_by_role("navigation").get_by_role("link", name="Create").click()
     expect(cancel).to_have_count(1)
     page.locator("textarea#prompt").press("Escape")
     expect(cancel).to_have_count(0)

@@ -44,7 +44,7 @@ def openai_routes(service: Service, file_key: Callable[[str], str]) -> APIRouter
         return describe(service.catalogue.find(model).name)
 
     @router.post("/images/generations", response_model=schemas.OpenAIImages, response_model_exclude_none=True,
-                 responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+                 responses={200: {"content": {"text/event-stream": {}}}})
     async def generate(asked: schemas.OpenAIRequest, request: Request) -> Any:
         """Draw and answer with the pictures; with `stream` as events, previews among them. Hanging up cancels."""
         if asked.stream and asked.n not in (None, 1):

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 
 from linocut.server.feed import Event
 
-SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}},
+SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}},
                                               "description": "Server-sent events."}}
 """What a route that answers with events says of itself in the OpenAPI schema."""
 
