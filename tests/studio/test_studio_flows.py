@@ -20,6 +20,8 @@ PROMPT = "two red apples and a blue cup"
 
 def draw(page: Page, prompt: str, seed: int | None = None) -> None:
     """Draw by keyboard, and wait for the picture."""
+    # The first example is filled in when the models are there; nothing must come between selecting it and typing.
+    expect(page.get_by_role("radio", name="embedded-binary")).to_be_attached()
     field = page.get_by_label("What to draw", exact=True).and_(page.locator("textarea"))
     field.fill(prompt)
     if seed is not None:
