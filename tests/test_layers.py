@@ -1,5 +1,5 @@
 """Imports run one way:
-formats -> quantize -> kernels -> models -> pipeline -> {cli, server, eval, train, integrations}.
+formats -> quantize -> kernels -> models -> mlx -> pipeline -> {cli, server, eval, train, integrations}.
 
 The order is read off the source by `ast`, so imports inside functions count too. What it buys: any inner layer can be
 read, tested and replaced without knowing what is built on it.
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "linocut"
-LAYERS = ("formats", "quantize", "kernels", "models", "pipeline")
+LAYERS = ("formats", "quantize", "kernels", "models", "mlx", "pipeline")
 OUTER = ("cli", "server", "eval", "train", "integrations")
 FREE_FOR_ALL = {"errors", "__version__"}
 FILES = sorted(ROOT.rglob("*.py"))
@@ -80,6 +80,23 @@ def test_imports_follow_the_layers(path):
 def test_formats_know_no_torch(path):
     found = top_level_imports(ast.parse(path.read_text(encoding="utf-8")))
     assert not found & {"torch", "transformers", "diffusers", "safetensors"}
+
+
+# What computes with mlx, and so imports it. `mlx/runtime.py` can be asked about it before that.
+ON_MLX = {path for path in FILES if path.parent.name == "mlx" and path.name not in ("__init__.py", "runtime.py")}
+ON_MLX.add(ROOT / "pipeline" / "components_mlx.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_mlx_is_imported_only_once_it_was_chosen(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path in ON_MLX:
+        assert path.parent.name != "mlx" or "torch" not in top_level_imports(tree), "torch stays outside of mlx/"
+        return
+    modules = {".".join(("linocut", *each.relative_to(ROOT).with_suffix("").parts)) for each in ON_MLX}
+    at_once = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert "mlx" not in top_level_imports(at_once)
+    assert not {node.module for node in at_once.body if isinstance(node, ast.ImportFrom)} & modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

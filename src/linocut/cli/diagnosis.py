@@ -64,6 +64,33 @@ def _variants(variants: list[tuple[str, str, str]], variable: str) -> list[Facts
     return found
 
 
+def device() -> Facts:
+    """What pictures are computed on where nobody says otherwise, with the reason."""
+    from linocut.errors import UsageError
+    from linocut.pipeline.device import choose
+
+    try:
+        choice = choose()
+    except UsageError as error:
+        return {"device": None, "reason": str(error)}
+    return {"device": choice.name, "reason": choice.reason}
+
+
+def mlx() -> Facts:
+    """mlx's version, what it computes on and how it takes binary weights, or why it cannot be used. Imports it."""
+    from linocut.errors import UsageError
+    from linocut.mlx import runtime
+
+    facts: Facts = {"version": runtime.version(), "why_not": None, "computes_on": None, "why_not_one_bit": None}
+    try:
+        runtime.require()
+    except UsageError as error:
+        return {**facts, "why_not": str(error)}
+    from linocut.mlx.layers import why_not_one_bit
+
+    return {**facts, "computes_on": runtime.device_name(), "why_not_one_bit": why_not_one_bit()}
+
+
 def torch_build() -> Facts:
     """Torch's version, back ends and devices. Imports torch."""
     import torch
@@ -71,13 +98,13 @@ def torch_build() -> Facts:
     cuda = [{"name": torch.cuda.get_device_name(i), "memory_bytes": torch.cuda.get_device_properties(i).total_memory}
             for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if cuda:
-        reason = "a CUDA device is there; the command line computes on the CPU, Pipeline(device='cuda') on the GPU"
+        reason = "a CUDA device is there; --device cuda computes on it"
     elif torch.version.cuda is None:
         reason = "this torch is built for the CPU only"
     else:
         reason = f"torch is built for CUDA {torch.version.cuda}, but no usable device or driver was found"
     return {"version": torch.__version__, "cuda": torch.version.cuda, "devices": cuda,
-            "device": "cpu", "reason": reason, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "reason": reason, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "mkldnn": torch.backends.mkldnn.is_available(),
             "blas": "mkl" if torch.backends.mkl.is_available() else "other"}
 
@@ -130,7 +157,7 @@ def fused_models() -> list[Facts]:
     found = []
     for name in EMBEDDED:
         try:
-            pipe = Pipeline.from_pretrained(name)
+            pipe = Pipeline.from_pretrained(name, device="cpu")
         except LinocutError:
             continue  # `models()` reports it
         for component in ("transformer", "text_encoder"):
@@ -156,6 +183,10 @@ def kernel_checks(on_check: Callable[[Facts], None] = lambda facts: None) -> lis
             on_check(results[-1])
 
     keep(selfcheck.check_model_sized())
+    if mlx()["why_not"] is None:
+        from linocut.mlx import selfcheck as on_mlx
+
+        keep(on_mlx.check_model_sized())
     for model in EMBEDDED:
         try:
             checkpoint = ModelFolder.open(model).checkpoint("transformer")

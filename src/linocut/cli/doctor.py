@@ -33,6 +33,7 @@ def command(context: click.Context, brief: bool, as_json: bool) -> None:
     _show_machine(console, report)
     _show_libraries(console, report)
     if not brief:
+        report |= {"device": diagnosis.device(), "mlx": diagnosis.mlx()}
         report |= {"torch": diagnosis.torch_build(), "threads": diagnosis.threads(), "decoder": diagnosis.decoder(),
                    "kernels": diagnosis.kernel_choices(), "fused": diagnosis.fused_models()}
         _show_choices(console, report)
@@ -102,13 +103,15 @@ def _show_libraries(console: "Console", report: "Facts") -> None:
 
 
 def _show_choices(console: "Console", report: "Facts") -> None:
-    torch, threads = report["torch"], report["threads"]
+    torch, threads, device, mlx = report["torch"], report["threads"], report["device"], report["mlx"]
     console.print("\n[bold]choices[/bold]")
-    _line(console, "device", f"{torch['device']}: {torch['reason']}")
+    _line(console, "device", f"{device['device'] or 'none'}: {device['reason']}")
+    one_bit = "in one bit" if mlx["why_not_one_bit"] is None else f"in two bits, since {mlx['why_not_one_bit']}"
+    _line(console, "mlx", mlx["why_not"] or f"{mlx['version']} on {mlx['computes_on']}, binary weights {one_bit}")
     for each in torch["devices"]:
         _line(console, "GPU", f"{each['name']}, {_gigabytes(each['memory_bytes'])}")
     _line(console, "torch", f"{torch['version']}, CPU kernels for {torch['cpu_capability']}, "
-          f"oneDNN {'on' if torch['mkldnn'] else 'off'}, BLAS {torch['blas']}")
+          f"oneDNN {'on' if torch['mkldnn'] else 'off'}, BLAS {torch['blas']}; {torch['reason']}")
     _line(console, "threads", f"{threads['count']}: {threads['reason']}")
     _line(console, "dtype", "float32: the default; attention and the decoder take bfloat16 where the CPU multiplies it")
     _line(console, "decoder", f"{report['decoder']['dtype']}: {report['decoder']['reason']}")
@@ -158,8 +161,11 @@ def _problems(report: "Facts") -> list[str]:
               for each in report["libraries"] if each["version"] is None]
     for each in report.get("checks", []):
         if not each["ok"]:
+            way_out = "--device cpu" if each["kernel"] == "mlx" else "LINOCUT_KERNEL=reference"
             found.append(f"kernel {each['kernel']} is wrong on {each['encoding']} {each['dtype']} on {each['device']} "
                          f"(expected an error of at most {each['tolerance']:.0e}, found {each['error']:.1e}); "
-                         "draw with LINOCUT_KERNEL=reference and report this")
+                         f"draw with {way_out} and report this")
+    if report.get("device", {}).get("device", "") is None:
+        found.append(report["device"]["reason"])
     found += [f"model {each['name']}: {each['detail']}" for each in report["models"] if not each["ok"]]
     return found

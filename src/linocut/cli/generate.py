@@ -61,6 +61,8 @@ class Size(click.ParamType):
 @click.option("--guidance", type=float, metavar="G", help="Guidance scale; only for models that are not distilled.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME",
+              help="What computes: cpu, cuda or mlx; auto is mlx on Apple silicon if it is installed, else cpu.")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="CPU threads.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory of the process, such as 2GB: draws in a smaller and "
               "slower way if need be, or says what would fit.")
@@ -101,8 +103,10 @@ class Job:
     def run(self) -> None:
         from linocut.formats.folder import ModelFolder
         from linocut.pipeline import budget, memory
+        from linocut.pipeline.device import choose
         from linocut.pipeline.request import make_request
 
+        device = choose(self.options["device"], self.options["max_memory"])
         arguments = self._arguments_from_recipe() if self.options["from_image"] else self._arguments()
         if self.options["threads"]:
             os.environ["LINOCUT_THREADS"] = str(self.options["threads"])
@@ -110,8 +114,9 @@ class Job:
         request = make_request(arguments.pop("prompt"), folder.settings, **arguments)
         outputs = self._outputs(request)
         limit = self.options["max_memory"]
+        free = budget.available_bytes() if device.name == "cpu" else None
         plan = budget.fit(memory.Planner(folder), request.width, request.height, dtype=self.dtype, tile=request.tile,
-                          limit=None if limit is None else budget.parse_bytes(limit), free=budget.available_bytes(),
+                          limit=None if limit is None else budget.parse_bytes(limit), free=free,
                           pictures=len(request.jobs), prompts=request.prompts)
         if self.recipe is not None and folder.hash() != self.recipe.model_hash:
             self._note(f"the picture was drawn with other weights of {self.recipe.model} (hash "
@@ -219,7 +224,7 @@ class Job:
             display.phase("starting")
             from linocut.pipeline.generate import Pipeline
 
-            pipe = Pipeline(folder, dtype=self.dtype, threads=self.options["threads"],
+            pipe = Pipeline(folder, dtype=self.dtype, threads=self.options["threads"], device=self.options["device"],
                             prompt_cache=not self.options["no_prompt_cache"], max_memory=self.options["max_memory"])
             written = []
             # The jobs are spelled out already (random seeds included), so they are handed on as they are.
@@ -254,7 +259,8 @@ class Job:
     def _compare(self, then: "Recipe", now: "Recipe", display: Any) -> None:
         """Warn if what drew the picture differs from what drew the original."""
         for what, old, new in (("kernel", then.kernel, now.kernel), ("device", then.device, now.device),
-                               ("torch", then.versions.get("torch"), now.versions.get("torch"))):
+                               ("torch", then.versions.get("torch"), now.versions.get("torch")),
+                               ("mlx", then.versions.get("mlx"), now.versions.get("mlx", "none"))):
             if old and old != new:
                 self._note(f"the original was drawn with {what} {old}, this one with {new}; pixels may differ slightly",
                            display)

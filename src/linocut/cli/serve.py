@@ -26,7 +26,7 @@ NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "segno": "segno"}
 @click.option("--home", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Where the gallery is kept. Default: LINOCUT_HOME, else ~/.local/share/linocut.")
 @click.option("--device", "devices", multiple=True, metavar="DEVICE",
-              help="cpu (default), cuda, cuda:1, ...; repeatable, each draws its own job.")
+              help="cpu, cuda, cuda:1, mlx, ...; repeatable, each draws its own job. Default: as generate's auto.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="CPU threads.")
@@ -55,11 +55,13 @@ def command(models: tuple[str, ...], host: str, token: str | None, home: Path | 
                          "pip install 'linocut[serve]'")
     if token is not None and (not token.isascii() or not token.isprintable() or " " in token or len(token) < 8):
         raise UsageError("a token must be at least 8 printable ASCII characters without spaces")
+    from linocut.pipeline.device import choose
     from linocut.server.settings import Settings, default_home
 
     settings = Settings(home=(home or default_home()).absolute(), host=host, token=token,
-                        hosts=tuple(name.lower() for name in hosts), devices=devices or ("cpu",), idle_seconds=idle,
-                        most_queued=max_queue, largest_side=max_side, **options)
+                        hosts=tuple(name.lower() for name in hosts), idle_seconds=idle, most_queued=max_queue,
+                        devices=tuple(choose(name).name for name in devices or ("auto",)), largest_side=max_side,
+                        **options)
     from dataclasses import replace
 
     from linocut.server.serve import serve

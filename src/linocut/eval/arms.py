@@ -93,7 +93,7 @@ class Field:
         self.tokenizer, encoder, transformer, self.vae = (
             self._keep(name) for name in ("tokenizer", "text_encoder", "transformer", "vae"))
         self.encoder, self.channels = encoder, transformer.config.in_channels
-        self.transformer = flux2_cpu.runner(transformer)
+        self.transformer = pipe.components.runner(transformer)
         self.image_ids = image_position_ids(*self.grid).to(pipe.device)
 
     def _keep(self, name: str) -> Any:

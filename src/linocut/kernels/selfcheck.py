@@ -69,7 +69,7 @@ def check_model_sized(shape: tuple[int, int, int] = MODEL_SIZED,
 
 def check_weight(weight: PackedWeight, name: str, m: int) -> Iterator[Check]:
     """Check every kernel that can run here on one weight held on the CPU, with m random tokens."""
-    x = _random_x(m, weight.n)
+    x = random_tokens(m, weight.n)
     with torch.no_grad():
         wanted = dispatch.candidate("reference").linear(x, weight)
         for each in dispatch.CANDIDATES:
@@ -84,7 +84,7 @@ def check_weight(weight: PackedWeight, name: str, m: int) -> Iterator[Check]:
                         yield _check(each, weight, name, x, wanted, device, dtype)
 
 
-def _random_x(m: int, n: int) -> Tensor:
+def random_tokens(m: int, n: int) -> Tensor:
     """float32 [m, n] that int8 activations, bfloat16 and float16 all hold exactly, so that one tolerance fits all
     kernels: whole numbers up to 127, which every group reaches, times powers of two."""
     generator = torch.Generator().manual_seed(1)

@@ -10,17 +10,19 @@ small enough as a whole to stay (`memory.should_keep`); then a second picture st
 import contextlib
 import ctypes
 import gc
+import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
-from linocut.models.autoencoder import Autoencoder
+from linocut.models import flux2_cpu, text_encoder_cpu
+from linocut.models.autoencoder import Autoencoder, ResnetBlock
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.models.convert import build_and_load
 from linocut.models.flux2 import Flux2Blocks
@@ -59,6 +61,17 @@ class Components:
         """Names of the networks in memory."""
         return list(self._kept)
 
+    @property
+    def computes_on(self) -> str:
+        """What computes, in words for the recipe: "cpu x86_64", or "cuda" with the name of the GPU."""
+        name = platform.machine() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} {name}"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of libraries that have a part in the pixels, besides torch."""
+        return {}
+
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Any]:
         """Yield the "tokenizer", "text_encoder", "transformer" or "vae"; drop it afterwards unless it is kept.
@@ -76,7 +89,16 @@ class Components:
             del model
             if not self.keep:
                 self._streamed = None
-                give_memory_back()
+                self._give_memory_back()
+
+    def runner(self, network: Any, rows: int | None = None) -> Any:
+        """What computes best with a text encoder or transformer from `use`; called like the network itself.
+
+        `rows` is how many tokens a fused step of the transformer takes at a time.
+        """
+        if isinstance(network, Qwen3Encoder):
+            return text_encoder_cpu.runner(network)
+        return flux2_cpu.runner(network, rows)
 
     def release_part(self, done: int) -> None:
         """Let part number `done`, from 1, of the network in use leave memory; it comes back if it runs again.
@@ -113,8 +135,8 @@ class Components:
 
     def vae_for_previews(self) -> Autoencoder:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
-        if "vae" in self._kept:
-            kept: Autoencoder = self._kept["vae"]
+        kept = self._kept.get("vae")
+        if isinstance(kept, Autoencoder):
             return kept
         with self.folder.checkpoint("vae") as checkpoint:
             decoder = self._load_decoder(checkpoint)
@@ -125,6 +147,9 @@ class Components:
         """Forget every network that was kept."""
         self._kept.clear()
         self._modulations = None
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
         give_memory_back()
 
     def _build(self, name: str) -> Any:
@@ -172,6 +197,19 @@ class PictureDecoder(Autoencoder):
             if part is not None:
                 part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
+
+    def develop(self, latents: Tensor, tile: int | None, on_part: Callable[[int, int], None]) -> Tensor:
+        """`image_from_latents`; on_part(done, total) runs after each strip, or residual block if there are none."""
+        if tile is not None:
+            return self.image_from_latents(latents, tile, on_part)
+        blocks = [module for module in self.decoder.modules() if isinstance(module, ResnetBlock)]
+        handles = [block.register_forward_hook(lambda *_, done=done: on_part(done, len(blocks)))
+                   for done, block in enumerate(blocks, start=1)]
+        try:
+            return self.image_from_latents(latents)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def rename_key(self, name: str) -> str | None:
         """The name of a checkpoint's tensor in this network, or None for the encoder's."""

@@ -11,7 +11,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +20,11 @@ from linocut import __version__
 from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import dispatch, fused, fusible
+from linocut.mlx import runtime
 from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.pipeline import budget, embeddings, memory
 from linocut.pipeline.components import Components
+from linocut.pipeline.device import choose
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Request, make_request
 from linocut.pipeline.run import Cancel, Picture, Progress, Run, StepCallback, StepState
@@ -59,21 +61,23 @@ class GenerationResult:
 class Pipeline:
     """Draws pictures with one model. Not safe for use from several threads at once; make one per thread.
 
-    Attributes: `folder` the model's files; `dtype`, `device` of the computation; `timings` of the last call.
+    Attributes: `folder` the model's files; `dtype` of the computation; `choice` of what computes, with its reason;
+    `device` of torch's tensors ("cpu" for mlx); `timings` of the last call.
     """
 
     def __init__(self, folder: ModelFolder, *, dtype: str | torch.dtype = "float32", threads: int | None = None,
-                 device: str | torch.device = "cpu", keep_loaded: bool | None = None,
+                 device: str | torch.device = "auto", keep_loaded: bool | None = None,
                  prompt_cache: bool = True, max_memory: str | int | None = None) -> None:
         self.folder = folder
         self.dtype = _dtype(dtype)
-        self.device = torch.device(device)
+        self.choice = choose(str(device), max_memory)
+        self.device = _torch_device(self.choice.name, self.dtype)
         _check_model(folder)
         _use_threads(threads)
         self.max_memory = None if max_memory is None else budget.parse_bytes(max_memory)
         self._planner, self._keep = memory.Planner(folder), keep_loaded
         keep = memory.should_keep(self._planner.disk) if keep_loaded is None else keep_loaded
-        self.components = Components(folder, self.dtype, self.device, keep)
+        self.components = self._components(keep)
         self.timings: dict[str, dict[str, Any]] = {}
         self._hash: str | None = None
         self._cache_place = embeddings.place() if prompt_cache else None
@@ -82,14 +86,15 @@ class Pipeline:
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = "embedded", *,
                         dtype: str | torch.dtype = "float32", threads: int | None = None,
-                        device: str | torch.device = "cpu", keep_loaded: bool | None = None,
+                        device: str | torch.device = "auto", keep_loaded: bool | None = None,
                         prompt_cache: bool = True, max_memory: str | int | None = None) -> "Pipeline":
         """Open a model: "embedded", "embedded-binary", a folder, or a Hugging Face id.
 
         Args:
             dtype: of the computation; "float32" (default), "bfloat16" or "float16".
             threads: CPU threads for this process; default `LINOCUT_THREADS`, else torch's own choice.
-            device: where to compute; the command line uses "cpu".
+            device: what computes: "cpu", "cuda", "mlx", or "auto" for the best that is known to work
+                (`linocut.pipeline.device`).
             keep_loaded: keep networks in memory between pictures; default: if the model is under 256 MB.
             prompt_cache: keep what the text encoder makes of each prompt on disk (`linocut.pipeline.embeddings`).
             max_memory: most memory of this process on a CPU, as "2GB" or in bytes. Pictures are drawn in the quickest
@@ -147,12 +152,13 @@ class Pipeline:
                      callback_on_step_end: StepCallback | None = None, cancel: Cancel | None = None,
                      on_progress: Callable[[Progress], None] | None = None) -> Iterator[Picture]:
         """As `draw`, for a request that `make_request` has checked and spelled out already."""
-        free = budget.available_bytes() if self.device.type == "cpu" else None
+        free = budget.available_bytes() if self.choice.name == "cpu" else None
         plan = self._plan(request.width, request.height, pictures=len(request.jobs), prompts=request.prompts,
                           tile=request.tile, base=self._base(),
                           free=None if free is None else free + memory.resident_bytes())
-        self.components.follow(plan.ways)
-        run = Run(self, request, plan.ways, generators, callback_on_step_end, cancel, on_progress)
+        ways = replace(plan.ways, tile=None) if self.choice.name == "mlx" else plan.ways
+        self.components.follow(ways)
+        run = Run(self, request, ways, generators, callback_on_step_end, cancel, on_progress)
         self.timings = {}
         return run.pictures()
 
@@ -169,7 +175,7 @@ class Pipeline:
 
     def _plan(self, width: int, height: int, *, free: int | None = None, tile: int | None = None,
               **options: int) -> memory.Plan:
-        limit = self.max_memory if self.device.type == "cpu" else None
+        limit = self.max_memory if self.choice.name == "cpu" else None
         return budget.fit(self._planner, width, height, limit=limit, free=free, keep_loaded=self._keep, tile=tile,
                           dtype=str(self.dtype).removeprefix("torch."), **options)
 
@@ -185,10 +191,13 @@ class Pipeline:
         return self._hash
 
     def kernel(self, tokens: int, component: str = "transformer") -> str:
-        """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is.
+        """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is packed.
 
+        On mlx that is "mlx" for all layers.
         Where whole blocks run in C++ (`why_not_fused`), with " fused" and the variant of attention behind it.
         """
+        if self.choice.name == "mlx":
+            return "mlx"
         with self.folder.checkpoint(component) as checkpoint:
             layers = [entry for name, entry in checkpoint.packed.items() if not name.endswith("embed_tokens")]
         if not layers:
@@ -206,7 +215,7 @@ class Pipeline:
         config = self.folder.config(component)
         width = Flux2Config.from_dict(config).attention_head_dim if component == "transformer" else \
             Qwen3Config.from_dict(config).head_dim
-        return fused.why_not(width, dense, self.device.type)
+        return fused.why_not(width, dense, "mlx" if self.choice.name == "mlx" else self.device.type)
 
     def prompt_cache(self) -> embeddings.PromptCache | None:
         """Text features on disk for what this pipeline computes now, or None if there is no such cache."""
@@ -217,10 +226,17 @@ class Pipeline:
         if not self._encoder:
             return None
         length = int(self.folder.settings["text_length"])
-        computes = {"dtype": str(self.dtype), "device": self.device.type, "kernel": self.kernel(length, "text_encoder"),
+        computes = {"dtype": str(self.dtype), "device": self.components.computes_on if self.choice.name == "mlx"
+                    else self.device.type, **self.components.versions, "kernel": self.kernel(length, "text_encoder"),
                     "linocut": __version__, "torch": str(torch.__version__), "machine": platform.machine(),
                     "processor": torch.backends.cpu.get_cpu_capability()}
         return embeddings.PromptCache(self._cache_place, {**self._encoder, **computes})
+
+    def _components(self, keep: bool) -> Components:
+        if self.choice.name != "mlx":
+            return Components(self.folder, self.dtype, self.device, keep)
+        from linocut.pipeline.components_mlx import MlxComponents
+        return MlxComponents(self.folder, self.dtype, keep)
 
     def close(self) -> None:
         """Drop networks that were kept in memory."""
@@ -249,6 +265,20 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found is None:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)} (found {dtype!r})")
     return found
+
+
+def _torch_device(name: str, dtype: torch.dtype) -> torch.device:
+    """Where torch's tensors lie if `name` computes. Raises UsageError if that is not there, or not in this dtype."""
+    if name == "mlx":
+        runtime.require()
+        if dtype != torch.float32 and not runtime.on_gpu():
+            raise UsageError("mlx on a CPU adds up in the type of its inputs, which needs float32 (found "
+                             f"{str(dtype).removeprefix('torch.')}); leave out the dtype")
+        return torch.device("cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name} was asked for, and torch {torch.__version__} finds no CUDA device; "
+                         "'linocut doctor' says more")
+    return torch.device(name)
 
 
 def _use_threads(threads: int | None) -> None:

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linocut import __version__
 from linocut.errors import Cancelled, UsageError
-from linocut.models import flux2_cpu, text_encoder_cpu
-from linocut.models.autoencoder import ResnetBlock
 from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
 from linocut.models.modulations import Modulations
@@ -167,7 +165,7 @@ class Run:
             del tokenizer
         self._check()
         with components.use("text_encoder") as network:
-            encoder = text_encoder_cpu.runner(network)
+            encoder = components.runner(network)
             timing.load_seconds += time.perf_counter() - start
             for number, (text, (ids, mask, count, kept)) in enumerate(zip(prompts, tokens, strict=True)):
                 def on_layer(done: int, total: int, number: int = number) -> None:
@@ -188,7 +186,7 @@ class Run:
             self._check()
             modulations = pipe.components.modulations(self.schedule)
             with pipe.components.use("transformer") as network:
-                transformer = flux2_cpu.runner(network, self.ways.rows)
+                transformer = pipe.components.runner(network, self.ways.rows)
                 timing.load_seconds += time.perf_counter() - start
                 image_ids = image_position_ids(*self.grid).to(pipe.device)
                 for job in batch:
@@ -272,8 +270,7 @@ class Run:
                     def on_part(done: int, total: int, job: Job = job) -> None:
                         self._report("decode", done, total, job)
 
-                    with _after_blocks(vae.decoder, on_part if self.ways.tile is None else None):
-                        pixels = vae.image_from_latents(z, tile=self.ways.tile, on_tile=on_part)
+                    pixels = vae.develop(z, self.ways.tile, on_part)
                     image = to_image(pixels[0] / 2 + 0.5)
                     del z, pixels
                 self._keep_timings()
@@ -289,14 +286,13 @@ class Run:
         pipe, request = self.pipe, self.request
         image_tokens = self.grid[0] * self.grid[1]
         tokens = image_tokens + int(pipe.folder.settings["text_length"])
-        device = platform.machine() if pipe.device.type == "cpu" else torch.cuda.get_device_name(pipe.device)
         return Recipe(model=pipe.folder.name, model_hash=pipe.model_hash, prompt=job.prompt, seed=seed,
                       width=request.width, height=request.height, steps=request.steps, guidance=request.guidance,
                       dtype=str(pipe.dtype).removeprefix("torch."), kernel=pipe.kernel(tokens),
-                      device=f"{pipe.device.type} {device}", tile=self.ways.tile,
+                      device=pipe.components.computes_on, tile=self.ways.tile,
                       schedule_tokens=None if self.schedule.tokens == image_tokens else self.schedule.tokens,
                       versions={"linocut": __version__, "torch": str(torch.__version__),
-                                "python": platform.python_version()})
+                                "python": platform.python_version(), **pipe.components.versions})
 
     def _check(self) -> None:
         if self.cancelled is not None and self.cancelled():
@@ -321,21 +317,6 @@ def cut_off(prompt: str, entry: Entry, length: int) -> str | None:
     return f"the prompt takes {entry.tokens} tokens and this model reads {length}; {quoted}"
 
 
-@contextlib.contextmanager
-def _after_blocks(decoder: nn.Module, report: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Call report(done, total) after each residual block of the decoder; it may raise to stop."""
-    blocks = [module for module in decoder.modules() if isinstance(module, ResnetBlock)]
-    handles = []
-    if report is not None:
-        for done, block in enumerate(blocks, start=1):
-            handles.append(block.register_forward_hook(lambda *_, done=done: report(done, len(blocks))))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid)
 
@@ -354,7 +335,9 @@ def explain_memory(request: Request) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        # torch's words, mlx's on a CPU and mlx's on Metal
+        refusals = ("allocate memory", "Unable to allocate", "maximum allowed buffer size", "Insufficient Memory")
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in refusals):
             raise UsageError(f"out of memory while drawing {request.width}x{request.height}; choose a smaller size "
                              "(see 'linocut plan')") from error
         raise

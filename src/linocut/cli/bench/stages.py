@@ -47,7 +47,7 @@ def command(model: str, size: tuple[int, int], stages: tuple[str, ...], arms: tu
     from linocut.kernels.problem import thread_count
     from linocut.pipeline.generate import Pipeline
 
-    pipe = Pipeline.from_pretrained(model, threads=threads, prompt_cache=False)
+    pipe = Pipeline.from_pretrained(model, threads=threads, device="cpu", prompt_cache=False)
     chosen = stages or STAGES
     names = [f"{stage}/{arm}" for stage in chosen for arm in (OURS, *TORCH[stage])
              if not arms or arm in arms]

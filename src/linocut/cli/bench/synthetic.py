@@ -116,7 +116,7 @@ def _draw(folder: Path, width: int, height: int, steps: int, threads: int | None
     from linocut.pipeline.generate import Pipeline
 
     start = time.monotonic()
-    pipe = Pipeline.from_pretrained(folder, threads=threads)
+    pipe = Pipeline.from_pretrained(folder, threads=threads, device="cpu")
     opened = time.monotonic() - start
     with Bar("drawing") as bar:
         result = pipe("a red apple and two blue cups on a wooden table", width=width, height=height,
