@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from linocut.cli import diagnosis, doctor
 from linocut.kernels import dispatch, native, selfcheck
+from linocut.mlx import runtime
+from linocut.mlx import selfcheck as on_mlx
 
 SMALL = (20, 384, 192)
 
@@ -18,6 +20,7 @@ SMALL = (20, 384, 192)
 def quick(monkeypatch):
     """The checks at a small size, and models that are all well: other tests look at those."""
     monkeypatch.setattr(selfcheck.check_model_sized, "__defaults__", (SMALL, ("binary", "ternary", "affine4")))
+    monkeypatch.setattr(on_mlx.check_model_sized, "__defaults__", (SMALL, ("binary", "ternary", "affine4")))
     monkeypatch.setattr("linocut.formats.folder.EMBEDDED", {})
 
 
@@ -79,6 +82,33 @@ def test_a_wrong_kernel_fails_with_its_error(quick, monkeypatch):
     assert "FAIL" in done.output
     assert "kernel native is wrong on ternary float32" in done.output
     assert "LINOCUT_KERNEL=reference" in done.output
+
+
+def test_the_device_and_mlx_are_explained_and_checked(quick, monkeypatch):
+    report = json.loads(run("--json").output)
+    assert report["device"]["device"] in ("cpu", "mlx")
+    assert report["mlx"]["version"] == runtime.version()
+    assert sorted(each["encoding"] for each in report["checks"] if each["kernel"] == "mlx") == \
+        ["affine4", "binary", "ternary"]
+    monkeypatch.setenv("LINOCUT_DEVICE", "mlx")
+    assert "mlx: asked for by LINOCUT_DEVICE=mlx" in run().output
+    right = on_mlx.Packed.matmul
+    monkeypatch.setattr(on_mlx.Packed, "matmul", lambda self, x: right(self, x) * 1.1)
+    done = run()
+    assert done.exit_code == 1
+    assert "kernel mlx is wrong on ternary" in done.output
+    assert "--device cpu" in done.output
+
+
+def test_mlx_that_is_missing_is_a_line_and_a_failure_only_if_asked_for(quick, monkeypatch):
+    monkeypatch.setattr(runtime, "version", lambda: None)
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "mlx is not installed" in done.output
+    monkeypatch.setenv("LINOCUT_DEVICE", "mlx")
+    done = run()
+    assert done.exit_code == 1
+    assert "FAIL device mlx was asked for" in done.output
 
 
 def test_a_missing_module_is_a_line_and_no_failure(quick, monkeypatch):

@@ -1,11 +1,14 @@
 """Weights and layers on mlx: re-coding is exact, and a checkpoint that does not fit is refused by name."""
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from linocut.cli.bench import kernels
 from linocut.errors import FormatError
 from linocut.formats.checkpoint import Checkpoint, write_checkpoint
 from linocut.formats.packed import dequantize
@@ -125,3 +128,11 @@ def test_the_check_of_doctor_notices_a_wrong_product(monkeypatch: pytest.MonkeyP
     right = Packed.matmul
     monkeypatch.setattr(Packed, "matmul", lambda self, x: right(self, x) * 1.001)
     assert not any(each.ok for each in selfcheck.check_model_sized((20, 384, 192)))
+
+
+def test_bench_measures_products_on_mlx() -> None:
+    done = CliRunner().invoke(kernels.command, ["--mlx", "--ours-only", "--shapes", "64x128", "--m", "2", "--rounds",
+                                                "1", "--encoding", "ternary", "--json"])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.output)["results"]
+    assert set(row["gops"]) == {"ternary", "mlx ternary"}

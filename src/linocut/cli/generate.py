@@ -260,7 +260,7 @@ class Job:
         """Warn if what drew the picture differs from what drew the original."""
         for what, old, new in (("kernel", then.kernel, now.kernel), ("device", then.device, now.device),
                                ("torch", then.versions.get("torch"), now.versions.get("torch")),
-                               ("mlx", then.versions.get("mlx"), now.versions.get("mlx", "none"))):
+                               ("mlx", then.versions.get("mlx"), now.versions.get("mlx", then.versions.get("mlx")))):
             if old and old != new:
                 self._note(f"the original was drawn with {what} {old}, this one with {new}; pixels may differ slightly",
                            display)

@@ -26,7 +26,7 @@ class Conv:
         weight = source.array(f"{name}.weight", (outputs, inputs, side, side))
         self.weight, self.bias = mx.contiguous(weight.transpose(0, 2, 3, 1)), source.array(f"{name}.bias", (outputs,))
         self.padding = side // 2
-        mx.eval(self.weight, self.bias)
+        mx.eval(self.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.conv2d(x, self.weight, padding=self.padding) + self.bias
@@ -106,6 +106,7 @@ class Decoder:
         self.mean = source.array("bn.running_mean", (cells,), mx.float32)
         variance = source.array("bn.running_var", (cells,), mx.float32)
         self.deviation = mx.sqrt(variance + config.batch_norm_eps)  # the eps belongs inside the root
+        mx.eval(self.deviation)
         self.post_quant_conv = Conv(source, "post_quant_conv", channels, channels, 1) \
             if config.use_post_quant_conv else None
         self.conv_in = Conv(source, "decoder.conv_in", channels, widths[0])

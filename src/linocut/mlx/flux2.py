@@ -107,7 +107,7 @@ class DoubleBlock:
     def __call__(self, image: mx.array, text: mx.array, image_mod: Vectors, text_mod: Vectors,
                  rope: Rope) -> tuple[mx.array, mx.array]:
         tokens = text.shape[1]
-        q, k, v = (mx.concatenate(pair, axis=2) for pair in zip(
+        q, k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(
             self.text.project(text, text_mod), self.image.project(image, image_mod), strict=True))
         out = attend(rotate(q, rope).astype(v.dtype), rotate(k, rope).astype(v.dtype), v)
         return (self.image.add(image, out[:, tokens:], image_mod),

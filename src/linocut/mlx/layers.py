@@ -61,7 +61,9 @@ class Source:
         weight = self.take(name, shape)
         if weight.packed:
             raise FormatError("packed weight for something that is no Linear and no Embedding", tensor=name)
-        return _dense(weight).astype(self.dtype if dtype is None else dtype)
+        array = _dense(weight).astype(self.dtype if dtype is None else dtype)
+        mx.eval(array)  # what is left to compute belongs to the stream of this thread
+        return array
 
     def finish(self) -> None:
         """Raise FormatError if there are tensors that nobody asked for."""

@@ -12,7 +12,7 @@ from linocut.formats.packed import ENCODINGS, PackedTensor
 from linocut.kernels import dispatch
 from linocut.kernels.problem import PackedWeight
 from linocut.kernels.selfcheck import MODEL_SIZED, TOLERANCE, Check, random_tokens, random_weight
-from linocut.mlx.layers import pack
+from linocut.mlx.layers import Packed, pack
 from linocut.mlx.runtime import on_gpu
 
 TOKENS_ON_CPU = 4
@@ -34,7 +34,8 @@ def check_model_sized(shape: tuple[int, int, int] = MODEL_SIZED,
     for encoding in encodings:
         weight = random_weight(encoding, o, n)
         wanted = dispatch.candidate("reference").linear(x, weight).double().numpy()
-        packed, given = pack(packed_tensor(weight)), mx.array(x.numpy())
+        given = mx.array(x.numpy())
+        packed: Packed = pack(packed_tensor(weight))
         mx.eval(given)
         start = time.perf_counter()
         y = packed.matmul(given)

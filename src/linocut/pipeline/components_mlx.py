@@ -54,7 +54,7 @@ class MlxComponents(Components):
     @property
     def versions(self) -> dict[str, str]:
         """Versions of libraries that have a part in the pixels, besides torch."""
-        return {"mlx": mx.__version__}
+        return {"mlx": runtime.version() or "unknown"}
 
     def runner(self, network: Any, rows: int | None = None) -> Any:
         """A network as it is called; it is ready as it is."""

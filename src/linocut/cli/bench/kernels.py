@@ -53,11 +53,13 @@ class Shapes(click.ParamType):
 @click.option("--quick", is_flag=True, help="One shape, M = 64 and 1536, three rounds.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
 @click.option("--ours-only", is_flag=True, help="Leave torch out.")
+@click.option("--mlx", "on_mlx", is_flag=True, help="Also mlx's products with the same weights, on its default device.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write the results to this JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(shapes: dict[tuple[int, int], int] | None, tokens: tuple[int, ...], encodings: tuple[str, ...], rounds: int,
-            quick: bool, threads: int | None, ours_only: bool, output: Path | None, as_json: bool) -> None:
+            quick: bool, threads: int | None, ours_only: bool, on_mlx: bool, output: Path | None,
+            as_json: bool) -> None:
     """Measure packed products at the shapes of a model.
 
     A product counts 2 M O N operations and takes activations in float32, so what rounds them to int8 is included. The
@@ -72,6 +74,10 @@ def command(shapes: dict[tuple[int, int], int] | None, tokens: tuple[int, ...], 
     from linocut.cli.bench import report
     from linocut.kernels.problem import thread_count
 
+    if on_mlx:
+        from linocut.mlx import runtime
+
+        runtime.require()
     if threads:
         os.environ["LINOCUT_THREADS"] = str(threads)
         torch.set_num_threads(threads)
@@ -84,7 +90,7 @@ def command(shapes: dict[tuple[int, int], int] | None, tokens: tuple[int, ...], 
         wanted = shapes or (TEXT if group == ("affine4",) else KLEIN)
         for m in tokens or TOKENS:
             if chosen:
-                found = [_measure(m, o, n, chosen, rounds, not ours_only) for o, n in wanted]
+                found = [_measure(m, o, n, chosen, rounds, not ours_only, on_mlx) for o, n in wanted]
                 rows += found + ([_together(found, list(wanted.values()))] if len(found) > 1 else [])
                 if not as_json:
                     _print(rows[-len(found) - (len(found) > 1):])
@@ -126,7 +132,8 @@ def _variant() -> str:
     return gemm_variant() if native.why_no_module() is None else "generic"
 
 
-def _measure(m: int, o: int, n: int, encodings: list[str], rounds: int, beside_torch: bool) -> dict[str, Any]:
+def _measure(m: int, o: int, n: int, encodings: list[str], rounds: int, beside_torch: bool,
+             on_mlx: bool) -> dict[str, Any]:
     """One shape: GOP/s of each arm, and of the peak (0 where none is known)."""
     import torch
 
@@ -135,6 +142,8 @@ def _measure(m: int, o: int, n: int, encodings: list[str], rounds: int, beside_t
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(m, n, generator=generator)
     arms: dict[str, Callable[[], object]] = {name: _packed(x, o, name) for name in encodings}
+    if on_mlx:
+        arms |= {f"mlx {name}": _mlx(x, o, name) for name in encodings}
     if beside_torch:
         arms |= _torch(x, o)
     peaks: list[float] = []
@@ -166,6 +175,19 @@ def _packed(x: torch.Tensor, o: int, encoding: str) -> Callable[[], object]:
 
     layer = PackedLinear.from_packed(random_packed(np.random.default_rng(0), encoding, (o, x.shape[1])))
     return lambda: dispatch.linear(x, layer.codes, layer.scales, layer.zeros, encoding)
+
+
+def _mlx(x: torch.Tensor, o: int, encoding: str) -> Callable[[], object]:
+    """mlx's product with the weights of `_packed`."""
+    import mlx.core as mx
+    import numpy as np
+
+    from linocut.mlx.layers import pack
+    from linocut.models.synthetic import random_packed
+
+    weight = pack(random_packed(np.random.default_rng(0), encoding, (o, x.shape[1])))
+    given = mx.array(x.numpy())
+    return lambda: mx.eval(weight.matmul(given))
 
 
 def _torch(x: torch.Tensor, o: int) -> dict[str, Callable[[], object]]:
