@@ -178,13 +178,14 @@ class Linear:
         self._held: Packed | mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self._read() if self._held is None else self._held
+        weight = self.read() if self._held is None else self._held
         if self._source.keep:
             self._held = weight
         y = weight.matmul(x) if isinstance(weight, Packed) else (x @ weight.T).astype(x.dtype)
         return y if self._bias is None else y + self._bias
 
-    def _read(self) -> Packed | mx.array:
+    def read(self) -> Packed | mx.array:
+        """The weight as it is multiplied, out of its file."""
         return _read_packed(self._weight, self._source.dtype) if self._weight.packed else _dense(self._weight)
 
 
