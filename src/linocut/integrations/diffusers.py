@@ -119,7 +119,7 @@ class LinocutQuantizer(DiffusersQuantizer):  # type: ignore[misc, valid-type]
 
     def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str,
                                  state_dict: dict[str, Tensor], **_: Any) -> bool:
-        module, _, kind = param_name.rpartition(".")
+        module, kind = param_name.rpartition(".")[::2]
         if self.files is not None:
             return module in self.files.packed and kind != "weight"
         return kind == "weight" and self._decisions.get(module, (DENSE,))[0] != DENSE
@@ -127,7 +127,7 @@ class LinocutQuantizer(DiffusersQuantizer):  # type: ignore[misc, valid-type]
     def create_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str,
                                target_device: str | torch.device, state_dict: dict[str, Tensor],
                                unexpected_keys: list[str] | None = None, **_: Any) -> None:
-        module, _, kind = param_name.rpartition(".")
+        module, kind = param_name.rpartition(".")[::2]
         # `param_value` was cast by diffusers already; the dict has what the file has.
         if self.files is not None:
             setattr(model.get_submodule(module), kind, self.files.tensor(param_name).to(target_device))

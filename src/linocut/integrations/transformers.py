@@ -44,7 +44,7 @@ class LinocutConfig(ConfigBase, QuantizationConfigMixin):  # type: ignore[misc, 
     __doc__ = ConfigBase.__doc__
 
     __eq__ = ConfigBase.__eq__
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
     __repr__ = ConfigBase.__repr__
 
 
