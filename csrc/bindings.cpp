@@ -14,7 +14,8 @@ Encoding encoding_of(const std::string& name) {
     if (name == "binary") return Encoding::binary;
     if (name == "ternary") return Encoding::ternary;
     if (name == "affine4") return Encoding::affine4;
-    throw std::invalid_argument("encoding must be binary, ternary or affine4, not " + name);
+    if (name == "int8") return Encoding::int8;
+    throw std::invalid_argument("encoding must be binary, ternary, affine4 or int8, not " + name);
 }
 
 Packed packed_of(const Codes& codes, const Halves& scales, const std::optional<Codes>& zeros, const std::string& name,
@@ -37,7 +38,7 @@ Packed packed_of(const Codes& codes, const Halves& scales, const std::optional<C
 
 namespace {
 
-constexpr int kInterface = 3;  // kernels/native.py refuses a module with another number
+constexpr int kInterface = 4;  // kernels/native.py refuses a module with another number
 
 void decode_f32(const Codes& codes, const Halves& scales, const std::optional<Codes>& zeros,
                 const std::string& encoding, std::size_t n, const Matrix<float>& out, const std::string& name) {

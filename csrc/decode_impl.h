@@ -83,6 +83,14 @@ void affine4_row(const uint8_t* codes, const uint16_t* scales, const uint8_t* ze
 }
 
 template <class Out>
+void int8_row(const uint8_t* codes, const uint16_t* scales, size_t n, Out* out) {
+    for (size_t group = 0; group < n / kGroup; ++group, codes += kGroup, out += kGroup) {
+        const float scale = float_of_half(scales[group]);
+        for (size_t i = 0; i < kGroup; ++i) store(out + i, float(static_cast<signed char>(codes[i])) * scale);
+    }
+}
+
+template <class Out>
 void decode(const Packed& w, Out* out) {
     const size_t bytes = row_bytes(w.encoding, w.n);
     const size_t per_row = groups(w.encoding, w.n);
@@ -94,6 +102,7 @@ void decode(const Packed& w, Out* out) {
             case Encoding::binary: binary_row(codes, scales, w.n, out); break;
             case Encoding::ternary: ternary_row(codes, scales, w.n, out); break;
             case Encoding::affine4: affine4_row(codes, scales, w.zeros + row * zeros, w.n, out); break;
+            case Encoding::int8: int8_row(codes, scales, w.n, out); break;
         }
     }
 }

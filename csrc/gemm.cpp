@@ -62,6 +62,7 @@ const GemmVariant& gemm_variant(const std::string& name) {
 }
 
 void gemm(const GemmVariant& variant, const Activations& x, const Packed& w, const Rows& y, std::size_t threads) {
+    if (w.encoding == Encoding::int8) throw std::invalid_argument("int8 weights have no packed product; decode them");
     if (x.m == 0 || w.rows == 0) return;
     constexpr std::size_t kVisit = 64;  // tokens that meet one panel of several after the other
     const std::size_t panels = ceil_div(w.rows, variant.columns);

@@ -53,7 +53,8 @@ const std::vector<GemmChoice>& gemm_variants();
 // The variant called `name`, or the best one that can run if `name` is empty. Throws std::invalid_argument.
 const GemmVariant& gemm_variant(const std::string& name);
 
-// y[m, rows of w] = x @ W^T. y is float32 or bfloat16 (rounded to nearest even).
+// y[m, rows of w] = x @ W^T. y is float32 or bfloat16 (rounded to nearest even). Throws std::invalid_argument for int8
+// weights: they are for layers whose activations are not rounded, and most variants could not add them exactly.
 void gemm(const GemmVariant&, const Activations& x, const Packed& w, const Rows& y, std::size_t threads);
 
 // Fills `out` (columns [first, first + x.columns) of it; both multiples of 128) from rows of floats: per token and

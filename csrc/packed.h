@@ -7,7 +7,7 @@
 
 namespace linocut {
 
-constexpr std::size_t kGroup = 128;        // weights that share a scale: binary and ternary
+constexpr std::size_t kGroup = 128;        // weights that share a scale
 constexpr std::size_t kAffineGroup = 64;   // the same for affine4
 constexpr std::size_t kBlock = 640;        // ternary weights of a full block
 constexpr std::size_t kBlockBytes = 128;   // its bytes, which is also the length of one of its five planes
@@ -17,7 +17,7 @@ static_assert(kBlock == kBlockBytes * kTrits, "a full ternary block has five pla
 static_assert(kBlockBytes == kGroup, "a plane of a full block is exactly one group: the decoder relies on it");
 static_assert(243 <= 256, "five trits fit a byte");
 
-enum class Encoding { binary, ternary, affine4 };
+enum class Encoding { binary, ternary, affine4, int8 };
 
 constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
@@ -29,6 +29,7 @@ constexpr std::size_t zero_bytes(Encoding e, std::size_t n) {
 constexpr std::size_t row_bytes(Encoding e, std::size_t n) {
     return e == Encoding::binary    ? n / 8
            : e == Encoding::affine4 ? n / 2
+           : e == Encoding::int8    ? n
                                     : n / kBlock * kBlockBytes + ceil_div(n % kBlock, kTrits);
 }
 

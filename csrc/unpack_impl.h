@@ -51,6 +51,8 @@ inline void affine4_block(const uint8_t* codes, const uint8_t* zeros, size_t gro
         case Encoding::ternary: ternary_block(codes, count, offset, out); break;
         case Encoding::affine4:
             affine4_block(codes, w.zeros + row * zero_bytes(w.encoding, w.n), start / kAffineGroup, count, offset, out);
+            break;
+        case Encoding::int8: break;  // has no product (gemm.h)
     }
     return count;
 }

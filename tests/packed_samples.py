@@ -13,6 +13,9 @@ def sample(encoding: str, shape: tuple[int, int] = (6, 768), seed: int = 0, tied
     if encoding == "affine4":
         scales = (2.0 ** rng.uniform(-12, 4, (o, n // 64))).astype(np.float16)
         return pack(rng.integers(0, 16, shape), scales, encoding, rng.integers(0, 16, scales.shape))
+    if encoding == "int8":
+        scales = (2.0 ** rng.uniform(-24, 8, (o, n // 128))).astype(np.float16)
+        return pack(rng.integers(-127, 128, shape), scales, encoding)
     values = rng.choice([-1, 1], shape) if encoding == "binary" else rng.integers(-1, 2, shape)
     if encoding == "ternary":
         values[1, 128:256] = 0

@@ -91,7 +91,7 @@ void check_decoders(const Plan& plan) {
     for (const auto& each : variants()) {
         Random random(plan.seed);
         std::size_t cases = 0;
-        for (Encoding encoding : {Encoding::binary, Encoding::ternary, Encoding::affine4}) {
+        for (Encoding encoding : {Encoding::binary, Encoding::ternary, Encoding::affine4, Encoding::int8}) {
             for (std::size_t n = kGroup; n <= 2 * kBlock + kGroup && each.why_not.empty(); n += kGroup, ++cases) {
                 decode_case(each, random, encoding, 1 + n / kGroup % 3, n);
             }

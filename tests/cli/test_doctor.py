@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from linocut.cli import diagnosis, doctor
+from linocut.formats.packed import ENCODINGS
 from linocut.kernels import dispatch, native, selfcheck
 from linocut.mlx import runtime
 from linocut.mlx import selfcheck as on_mlx
@@ -19,7 +20,7 @@ SMALL = (20, 384, 192)
 @pytest.fixture
 def quick(monkeypatch):
     """The checks at a small size, and models that are all well: other tests look at those."""
-    monkeypatch.setattr(selfcheck.check_model_sized, "__defaults__", (SMALL, ("binary", "ternary", "affine4")))
+    monkeypatch.setattr(selfcheck.check_model_sized, "__defaults__", (SMALL, ENCODINGS))
     monkeypatch.setattr(on_mlx.check_model_sized, "__defaults__", (SMALL, ("binary", "ternary", "affine4")))
     monkeypatch.setattr("linocut.formats.folder.EMBEDDED", {})
 
@@ -120,7 +121,7 @@ def test_a_missing_module_is_a_line_and_no_failure(quick, monkeypatch):
     done = run()
     assert done.exit_code == 0, done.output
     assert "MISSING: cannot be imported" in done.output
-    assert "reference for binary, ternary, affine4" in done.output
+    assert "reference for binary, ternary, affine4, int8" in done.output
     assert dispatch.requested() == "auto"
 
 

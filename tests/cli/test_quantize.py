@@ -150,18 +150,19 @@ def test_bench_makes_draws_and_measures(capsys, tmp_path, monkeypatch):
     assert "klein-4b bf16" in out
 
 
-def test_four_bit_edges_are_packed_and_draw(capsys, dense_model, tmp_path):
+@pytest.mark.parametrize("edges", ["int8", "affine4"])
+def test_edges_of_fewer_bits_are_packed_and_draw(capsys, dense_model, tmp_path, edges):
     out = tmp_path / "a"
-    code, said, err = run(capsys, "quantize", dense_model, out, "--encoding", "ternary", "--edges", "affine4", "--json")
+    code, said, err = run(capsys, "quantize", dense_model, out, "--encoding", "ternary", "--edges", edges, "--json")
     assert code == 0, err
     encodings = {tensor["name"].removesuffix(".weight"): tensor["encoding"] for tensor in json.loads(said)["tensors"]
                  if tensor["component"] == "transformer"}
-    assert [encodings[name] for name in ("context_embedder", "x_embedder", "proj_out")] == ["affine4", "dense",
-                                                                                           "affine4"]  # 64 inputs
+    found = [encodings[name] for name in ("context_embedder", "x_embedder", "proj_out")]
+    assert found == [edges, "dense", edges]  # the second one has 64 inputs
     code, _, err = run(capsys, "generate", "a fox", "-m", out, "--size", 32, "-o", tmp_path / "a.png", "--json")
     assert code == 0, err
     policy = tmp_path / "p.toml"
     policy.write_text("[[rules]]\npattern = '.*'\nencoding = 'binary'\n")
-    code, _, err = run(capsys, "quantize", dense_model, tmp_path / "b", "--policy", policy, "--edges", "affine4")
+    code, _, err = run(capsys, "quantize", dense_model, tmp_path / "b", "--policy", policy, "--edges", edges)
     assert code == 2
     assert "write a rule of your own" in err

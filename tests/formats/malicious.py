@@ -48,6 +48,8 @@ def good_packed(encoding: str = "ternary") -> PackedTensor:
     shape = (3, 256)
     if encoding == "affine4":
         return pack(rng.integers(0, 16, shape), np.full((3, 4), 0.5), encoding, rng.integers(0, 16, (3, 4)))
+    if encoding == "int8":
+        return pack(rng.integers(-127, 128, shape), np.full((3, 2), 0.5), encoding)
     return pack(rng.integers(-1, 2, shape), np.full((3, 2), 0.5), encoding)
 
 
@@ -236,7 +238,15 @@ def structure_cases() -> list[Case]:
     cases += [Case(name, packed_file(edit), "open", words) for name, edit, words in edits]
     without = packed_file(lambda pieces: pieces["arrays"].pop("net.layer.zeros"), "affine4")
     cases.append(Case("affine-without-zeros", without, "open", ("net.layer.zeros", "U8 [3, 2]", "no such tensor")))
-    return cases
+    eight: list[tuple[str, Callable[[dict[str, Any]], None], tuple[str, ...]]] = [
+        ("int8-too-narrow", _claim(shape=[3, 384]), ("net.layer.codes", "U8 [3, 384]", "U8 [3, 256]")),
+        ("int8-as-affine4", _claim(encoding="affine4"), ("net.layer.codes", "U8 [3, 128]", "U8 [3, 256]")),
+        ("int8-signed", lambda p: p["dtypes"].update({"net.layer.codes": "I8"}), ("net.layer.codes", "U8", "I8")),
+        ("int8-dense-twin", _add("net.layer.weight", np.zeros((3, 256), np.float32)),
+         ("net.layer.weight", "contradicts")),
+        ("int8-zeros", _add("net.layer.zeros", np.zeros((3, 1), np.uint8)), ("net.layer.zeros", "contradicts")),
+    ]
+    return cases + [Case(name, packed_file(edit, "int8"), "open", words) for name, edit, words in eight]
 
 
 def value_cases() -> list[Case]:
@@ -260,4 +270,7 @@ def value_cases() -> list[Case]:
     ]
     edits += [(f"trit-{byte:02x}", _set(codes, (2, 7), byte), (codes, "row 2, byte 7", f"0x{byte:02x}"))
               for byte in range(256) if byte not in valid]
-    return [Case(name, packed_file(edit), "verify", words) for name, edit, words in edits]
+    cases = [Case(name, packed_file(edit), "verify", words) for name, edit, words in edits]
+    eight = [("int8-lowest", _set(codes, (1, 200), 0x80), (codes, "row 1, byte 200", "-127..127", "0x80")),
+             ("int8-scale-nan", _set(scales, (1, 1), np.nan), (scales, "row 1, group 1", "nan"))]
+    return cases + [Case(name, packed_file(edit, "int8"), "verify", words) for name, edit, words in eight]

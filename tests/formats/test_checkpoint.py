@@ -46,7 +46,7 @@ def test_bad_values_are_refused_by_verify(case: Case, tmp_path):
         assert word in str(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("encoding", ["binary", "ternary", "affine4"])
+@pytest.mark.parametrize("encoding", ["binary", "ternary", "affine4", "int8"])
 def test_the_unharmed_file_is_fine(encoding, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(packed_file(encoding=encoding))

@@ -8,7 +8,7 @@ import pytest
 from packed_samples import assert_same, sample
 
 from linocut.errors import FormatError
-from linocut.formats.ggml import TYPES, dequantize_q8, quantize_q8, read_block, row_nbytes, write_block
+from linocut.formats.ggml import TYPES, dequantize_q8, quantize_q8, read_block, row_nbytes, write_block, write_q8
 from linocut.formats.packed import dequantize, pack
 
 HOLDS = [("binary", "Q1_0"), ("ternary", "Q2_0"), ("ternary", "TQ1_0"), ("ternary", "TQ2_0"), ("affine4", "Q4_1")]
@@ -93,6 +93,13 @@ def test_q8_0_is_that_of_the_gguf_package():
     ours = quantize_q8(values)
     assert np.array_equal(ours, gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0))
     assert np.array_equal(dequantize_q8(ours, 256), gguf.quants.dequantize(ours, gguf.GGMLQuantizationType.Q8_0))
+
+
+def test_int8_is_q8_0_to_the_gguf_package():
+    packed = sample("int8")
+    rows = write_q8(packed)
+    assert np.array_equal(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q8_0), dequantize(packed))
+    assert np.array_equal(dequantize_q8(rows, 768), dequantize(packed))
 
 
 @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])

@@ -13,7 +13,7 @@ from linocut.formats.slots import to_slots
 from linocut.formats.weight import Weight
 
 TABLES = {"binary": {"bits": 1, "group_size": 128}, "ternary": {"bits": 2, "group_size": 128},
-          "affine4": {"bits": 4, "group_size": 64}}
+          "affine4": {"bits": 4, "group_size": 64}, "int8": {"bits": 8, "group_size": 128}}
 
 
 def file_of(path, packed, scales=None, biases=None, dtype=None):
@@ -92,6 +92,19 @@ def test_offsets_that_make_other_values_are_refused(tmp_path, encoding):
         mlx_weights(file, TABLES[encoding])["a"].rows(0, 6)
 
 
+def test_eight_bits_with_another_zero_are_refused(tmp_path):
+    packed = sample("int8")
+    scales = np.full(packed.scales.shape, 0.5, np.float32)
+    with Checkpoint.open(file_of(tmp_path / "x", packed, scales, -scales * 127)) as file, \
+            pytest.raises(FormatError, match="-128 times the factor"):
+        mlx_weights(file, TABLES["int8"])["a"].rows(0, 6)
+    lowest = packed.codes.copy()
+    lowest[3, 5] = 0x80
+    broken = type(packed)("int8", packed.shape, lowest, packed.scales)
+    with Checkpoint.open(file_of(tmp_path / "y", broken)) as file, pytest.raises(FormatError, match="out of range"):
+        mlx_weights(file, TABLES["int8"])["a"].rows(0, 6)
+
+
 def test_four_bits_with_any_offset_are_read_as_floats(tmp_path):
     """What `mx.quantize` makes of weights is no (code - zero) s with whole zeros."""
     w = mx.array(np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32))
@@ -118,5 +131,6 @@ def test_the_number_of_bits_must_be_known_and_fit(tmp_path):
 
 def test_layers_of_another_encoding_are_named():
     weights = {name: Weight(kind, (128, 128), lambda a, b: None, lambda: None)
-               for name, kind in (("a", "ternary"), ("b", "ternary"), ("c", "affine4"), ("d.weight", "F16"))}
-    assert mlx_quantization(weights) == TABLES["ternary"] | {"c": TABLES["affine4"]}
+               for name, kind in (("a", "ternary"), ("b", "ternary"), ("c", "affine4"), ("d.weight", "F16"),
+                                  ("e", "int8"))}
+    assert mlx_quantization(weights) == TABLES["ternary"] | {"c": TABLES["affine4"], "e": TABLES["int8"]}

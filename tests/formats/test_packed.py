@@ -32,6 +32,8 @@ def random_values(rng: np.random.Generator, encoding: str, o: int, n: int) -> tu
         return rng.integers(0, 16, (o, n)).astype(np.uint8), rng.integers(0, 16, (o, n // 64)).astype(np.uint8)
     if encoding == "binary":
         return (rng.integers(0, 2, (o, n)) * 2 - 1).astype(np.int8), None
+    if encoding == "int8":
+        return rng.integers(-127, 128, (o, n)).astype(np.int8), None
     return rng.integers(-1, 2, (o, n)).astype(np.int8), None
 
 
@@ -53,10 +55,12 @@ def test_row_bytes():
         26, 52, 128, 154, 615, 1844, 2458]
     assert [row_bytes("binary", n) for n in (128, 3072)] == [16, 384]
     assert [row_bytes("affine4", n) for n in (128, 2560)] == [64, 1280]
-    assert groups("ternary", 3072) == 24
+    assert [row_bytes("int8", n) for n in (128, 7680)] == [128, 7680]
+    assert groups("ternary", 3072) == groups("int8", 3072) == 24
     assert groups("affine4", 3072) == 48
     assert bits_per_weight("binary", 3072) == 1.125
     assert bits_per_weight("affine4", 2560) == 4.3125
+    assert bits_per_weight("int8", 7680) == 8.125
     assert bits_per_weight("ternary", 3072) == pytest.approx(1.7266, abs=1e-4)
     for n in range(128, 2000, 128):
         blocks = ternary_blocks(n)
@@ -86,6 +90,16 @@ def test_golden_affine4():
     weights = dequantize(packed)
     assert weights[0, :4].tolist() == [-1.0, -0.5, 6.0, -1.5]
     assert weights[0, 127] == (9 - 12) * 0.25
+
+
+def test_golden_int8():
+    values = np.zeros((1, 256), np.int8)
+    values[0, :4] = [1, -1, 127, -127]
+    values[0, 127] = -2
+    packed = pack(values, np.array([[0.5, 3.0]]), "int8")
+    assert packed.codes.tobytes().hex() == "01ff7f81" + "00" * 123 + "fe" + "00" * 128
+    assert packed.scales.tobytes().hex() == "0038" + "0100"  # a group of zeros: 2^-24
+    assert dequantize(packed)[0, [0, 1, 2, 3, 127, 128]].tolist() == [0.5, -0.5, 63.5, -63.5, -1.0, 0.0]
 
 
 def test_golden_ternary():
@@ -130,6 +144,13 @@ GOLDEN_SHA = {  # SHA-256 of codes + scales + zeros of the patterns below; a cha
     ("affine4", 3072): "624f3fcc4879bacd",
     ("affine4", 9216): "f57e156744a8042b",
     ("affine4", 12288): "ac0e855da6a8c6b9",
+    ("int8", 128): "7cff21b4d58c2a53",
+    ("int8", 256): "a607921046e1a7f3",
+    ("int8", 640): "c5b9bca72cdb013a",
+    ("int8", 768): "7168baa8fa22ad09",
+    ("int8", 3072): "0381002b7cba3bff",
+    ("int8", 9216): "5763dc7d48cb88c6",
+    ("int8", 12288): "5805572b63bd97a6",
 }
 
 
@@ -140,6 +161,8 @@ def pattern(encoding: str, n: int) -> PackedTensor:
     scales = (g % 11 + 1) / 8
     if encoding == "affine4":
         return pack(i % 16, scales, encoding, g * 5 % 16)
+    if encoding == "int8":
+        return pack(i % 255 - 127, scales, encoding)
     return pack(i % 3 - 1 if encoding == "ternary" else i % 2 * 2 - 1, scales, encoding)
 
 
@@ -184,6 +207,15 @@ def test_thirteen_bytes_are_invalid_and_decode_safely():
             validate_values(packed, "layer")
 
 
+def test_minus_128_is_invalid_and_decodes_safely():
+    packed = pack(np.ones((3, 256), np.int8), np.ones((3, 2)), "int8")
+    packed.codes[2, 200] = 0x80
+    assert unpack(packed)[2, 200] == -128
+    assert dequantize(packed)[2, 200] == -128
+    with pytest.raises(FormatError, match=r"layer\.codes.*row 2, byte 200.*-127\.\.127.*0x80"):
+        validate_values(packed, "layer")
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -196,7 +228,7 @@ def test_round_trip(encoding, data):
     packed = pack(values, scales, encoding, zeros)
     validate_values(packed, "w")
     live = np.ones_like(values, bool)
-    if encoding == "ternary":  # a zero scale empties its group
+    if encoding in ("ternary", "int8"):  # a zero scale empties its group
         live = np.repeat(scales != 0, 128, axis=1)
     assert (unpack(packed) == np.where(live, values, 0)).all()
     if zeros is not None:
@@ -216,7 +248,7 @@ def test_any_bytes_decode_within_range(encoding, seed, blocks):
     n = 128 * blocks
     rng = np.random.default_rng(seed)
     values = unpack_rows(rng.integers(0, 256, (3, row_bytes(encoding, n))).astype(np.uint8), encoding, n)
-    low, high = {"binary": (-1, 1), "ternary": (-1, 1), "affine4": (0, 15)}[encoding]
+    low, high = {"binary": (-1, 1), "ternary": (-1, 1), "affine4": (0, 15), "int8": (-128, 127)}[encoding]
     assert values.shape == (3, n)
     assert low <= values.min() <= values.max() <= high
 
@@ -250,10 +282,11 @@ def test_negative_scales_mirror_their_group():
         assert (dequantize(packed) == (values.astype(int) - offset) * factors).all()
 
 
-def test_zero_scale_and_empty_ternary_groups():
+@pytest.mark.parametrize("encoding", ["ternary", "int8"])
+def test_zero_scale_and_empty_groups(encoding):
     values = np.ones((1, 256), np.int8)
     values[0, 128:] = 0
-    packed = pack(values, np.array([[0.0, 7.0]]), "ternary")
+    packed = pack(values, np.array([[0.0, 7.0]]), encoding)
     assert packed.scales.tolist() == [[2.0**-24, 2.0**-24]]
     assert not unpack(packed).any()
     assert (values[0, :128] == 1).all()  # the caller's array is left alone
@@ -278,7 +311,7 @@ def test_refusals(encoding):
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(FormatError, match="row 1, group 0 is not finite"):
             pack(values, np.array([[1.0] * g, [bad] * g]), encoding, zeros)
-    for wrong in (16, -2):
+    for wrong in (128, -128) if encoding == "int8" else (16, -2):
         with pytest.raises(FormatError, match="out of range"):
             pack(values * wrong, scales, encoding, zeros)
     with pytest.raises(FormatError, match="integers"):
@@ -287,8 +320,8 @@ def test_refusals(encoding):
         pack(values, np.ones((2, g + 1)), encoding, zeros)
     with pytest.raises(FormatError, match="zero points"):
         pack(values, scales, encoding, None if encoding == "affine4" else np.zeros((2, 2), int))
-    with pytest.raises(FormatError, match=r"binary \| ternary \| affine4"):
-        pack(values, scales, "int8", zeros)
+    with pytest.raises(FormatError, match=r"binary \| ternary \| affine4 \| int8"):
+        pack(values, scales, "int4", zeros)
     with pytest.raises(FormatError, match="codes"):
         PackedTensor(encoding, (2, 128), np.zeros((2, 5), np.uint8), np.ones((2, g), np.float16))
     with pytest.raises(FormatError, match="codes"):

@@ -26,6 +26,17 @@ def test_float16_holds_packed_weights(encoding):
     assert_same(packed_again({"a.weight": dense(values)}, {})["a"].rows(0, 6), packed)
 
 
+@pytest.mark.parametrize("encoding", ["affine4", "int8"])
+def test_float32_holds_weights_of_four_and_eight_bits(encoding):
+    packed = sample(encoding)
+    output = unpacked_output("a", Weight(encoding, packed.shape, lambda a, b: packed, lambda: None))
+    (values,) = output.encode(packed)
+    assert values.dtype == np.float32
+    assert np.array_equal(values, dequantize(packed))
+    assert "bit weights become float32" in output.note
+    assert set(packed_again({"a.weight": dense(values, "F32")}, {})) == {"a.weight"}
+
+
 def test_bfloat16_with_negative_zeros():
     """Codes come from values, never from the sign bit."""
     values = np.zeros((2, 128), dtype=np.float32)

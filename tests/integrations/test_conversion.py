@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed_samples import assert_same
 
 from linocut.errors import FormatError, UsageError
 from linocut.formats import writer
 from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.gemlite import gemlite_output
 from linocut.formats.gguf import GGUFFile
+from linocut.formats.packed import dequantize
+from linocut.formats.weight import Weight
 from linocut.integrations import convert as engine
 from linocut.integrations.convert import convert
 from linocut.integrations.targets import Options
+from linocut.quantize.policy import Policy
+from linocut.quantize.stream import quantize_folder
 
 
 def weights_file(root: Path, component: str = "transformer") -> Path:
@@ -40,6 +46,31 @@ def test_there_and_back_gives_the_same_files(packed_model, tmp_path, form):
         for file in (packed_model / part).iterdir():
             assert (tmp_path / "back" / part / file.name).read_bytes() == file.read_bytes()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_edges_of_eight_bits_keep_their_values(dense_model, tmp_path, form):
+    """int8 comes back as codes where the form has room for them, else as equal values in float32."""
+    model = tmp_path / "model"
+    quantize_folder(dense_model, model, "ternary", Policy.preset("flux2", "ternary").with_edges("int8"))
+    edges = ("context_embedder", "proj_out")  # the third one has 64 inputs
+    if form == "gemlite":  # blocks of this model have rows of a single group, which gemlite stores otherwise
+        weight = Weight("int8", (128, 384), lambda first, last: None, lambda: None)
+        assert gemlite_output("context_embedder", weight).parts == (("context_embedder.weight", "F32", (128, 384)),)
+        return
+    there = convert(model, tmp_path / "there", form)
+    convert(tmp_path / "there", tmp_path / "back", "linocut")
+    dense = form in ("diffusers", "bfl", "gguf")
+    assert any("eight-bit weights become" in note for note in there.notes) == dense
+    with Checkpoint.open(model / "transformer") as source, Checkpoint.open(tmp_path / "back/transformer") as found:
+        for name in edges:
+            wanted = dequantize(source.packed_tensor(name))
+            assert source.packed[name].encoding == "int8"
+            if dense:
+                assert found.info(f"{name}.weight").dtype == "F32"
+                assert np.array_equal(found.array(f"{name}.weight"), wanted)
+            else:
+                assert_same(found.packed_tensor(name), source.packed_tensor(name))
 
 
 @pytest.mark.parametrize("form", FORMS[:-1])  # rows of this model are a single group, which gemlite stores otherwise

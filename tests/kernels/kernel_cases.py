@@ -25,6 +25,8 @@ def random_packed(encoding: str, o: int, n: int, seed: int = 0) -> PackedTensor:
     if encoding == "affine4":
         zeros = rng.integers(0, 16, (o, groups(encoding, n)), dtype=np.uint8)
         return pack(rng.integers(0, 16, (o, n), dtype=np.uint8), scales.astype(np.float16), encoding, zeros)
+    if encoding == "int8":
+        return pack(rng.integers(-127, 128, (o, n), dtype=np.int8), scales.astype(np.float16), encoding)
     values = rng.integers(-1, 2, (o, n), dtype=np.int8)
     if encoding == "binary":
         values[values == 0] = 1

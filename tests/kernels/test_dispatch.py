@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import random_packed, tensors
+from kernel_cases import random_packed, relative_error, tensors
 
 from linocut.errors import KernelError, LinocutError, UsageError
-from linocut.kernels import dispatch, native, problem
+from linocut.formats.packed import dequantize
+from linocut.kernels import cpu, dispatch, native, problem
+from linocut.kernels.problem import checked
 
 
 def a_problem(**changes):
@@ -42,6 +44,18 @@ def test_gradients_and_odd_widths_are_not_for_int8():
             assert dispatch.linear(x, *tensors(packed), "ternary").grad_fn is None
         with pytest.raises(KernelError, match="gradient"):
             dispatch.linear(x, *tensors(packed), "ternary")
+
+
+def test_int8_weights_are_decoded_and_their_activations_are_not_rounded():
+    given = a_problem(encoding="int8")
+    assert "not rounded" in dict(dispatch.explain(given))["int8"]
+    assert dispatch.select(given).name == "native"
+    packed = random_packed("int8", 8, 256)
+    x = torch.randn(5, 256)
+    wanted = x.double() @ torch.from_numpy(dequantize(packed)).double().T
+    assert relative_error(dispatch.linear(x, *tensors(packed), "int8"), wanted) < 1e-6
+    with pytest.raises(ValueError, match="no packed product"):
+        cpu.linear_quantized(cpu.quantize(x), checked(*tensors(packed), "int8", 256))
 
 
 def test_without_the_module_the_reference_draws(no_module):

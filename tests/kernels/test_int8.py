@@ -16,6 +16,7 @@ from kernel_cases import random_packed, relative_error, tensors
 from linocut.errors import KernelError
 from linocut.formats.packed import ENCODINGS, dequantize
 from linocut.kernels import cpu, dispatch, native
+from linocut.kernels.fusible import MULTIPLIED
 from linocut.kernels.problem import PackedWeight, Problem, checked
 
 TOKENS = (1, 2, 7, 16, 17, 33, 256, 1024)
@@ -106,7 +107,7 @@ def test_strided_rows_are_read_as_they_lie():
 
 # ---------------------------------------------------------------------------------------------------- products
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", MULTIPLIED)
 @pytest.mark.parametrize("m", TOKENS)
 @pytest.mark.parametrize(("o", "n"), SHAPES)
 def test_products_are_exact_on_rounded_activations(variant, encoding, m, o, n):
@@ -132,7 +133,7 @@ def test_products_are_exact_at_the_models_widths(encoding, n, monkeypatch):
             assert relative_error(found, wanted[:m]) < EXACT[torch.float32], (name, m)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", MULTIPLIED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_activations_costs_under_a_hundredth(variant, encoding, dtype):
     weight, w = weight_of(encoding, 200, 1280)
@@ -144,7 +145,7 @@ def test_rounding_activations_costs_under_a_hundredth(variant, encoding, dtype):
     assert 0.001 < error < ROUNDED  # from below: it must really have been rounded
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", MULTIPLIED)
 def test_every_variant_gives_the_same_bits(encoding, monkeypatch):
     weight, _ = weight_of(encoding, 97, 1408)
     act = cpu.quantize(randn(35, 1408))
@@ -157,7 +158,7 @@ def test_every_variant_gives_the_same_bits(encoding, monkeypatch):
             assert torch.equal(y, found["generic"]), name
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", MULTIPLIED)
 def test_bits_depend_on_no_cut_and_no_thread(variant, encoding, monkeypatch):
     """More tokens than a task takes, so that tokens are cut too."""
     weight, _ = weight_of(encoding, 40, 256)
@@ -176,7 +177,7 @@ def test_bits_depend_on_no_cut_and_no_thread(variant, encoding, monkeypatch):
 def test_extreme_sums_do_not_overflow(variant):
     """All codes and all values at their limits, with equal and with alternating signs."""
     n = 1280
-    for encoding in ENCODINGS:
+    for encoding in MULTIPLIED:
         for sign in (1, -1):
             codes = {"binary": 255, "ternary": 255 if sign > 0 else 0, "affine4": 255}[encoding]
             packed, _ = weight_of(encoding, 33, n)
@@ -191,7 +192,7 @@ def test_extreme_sums_do_not_overflow(variant):
             torch.testing.assert_close(found.double(), x.double() @ decoded.double().T, rtol=1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", MULTIPLIED)
 def test_a_broken_token_says_so_and_spoils_no_other(variant, encoding):
     weight, _ = weight_of(encoding, 50, 256)
     x = randn(40, 256)
@@ -222,7 +223,7 @@ def test_out_may_be_part_of_something_wider(variant):
 @given(data=st.data())
 def test_any_shape_gives_the_generic_bits(data):
     """Shapes, cuts of rows, strides of the output and threads at random: the variant chosen against `generic`."""
-    encoding = data.draw(st.sampled_from(ENCODINGS))
+    encoding = data.draw(st.sampled_from(MULTIPLIED))
     n, o, m = 128 * data.draw(st.integers(1, 12)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 70))
     first = data.draw(st.integers(0, o - 1))
     whole, _ = weight_of(encoding, o, n, data.draw(st.integers(0, 99)))

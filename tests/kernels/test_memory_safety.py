@@ -21,6 +21,7 @@ import ctypes, mmap, sys
 import numpy as np, torch
 from linocut.formats.packed import groups, row_bytes
 from linocut.kernels import dispatch, native
+from linocut.kernels.fusible import MULTIPLIED
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -58,7 +59,8 @@ def run(encoding, n, rows):
     for kernel in ("reference", "generic", "native"):
         with dispatch.use_kernel(kernel):
             dispatch.linear(torch.ones(2, n), codes, scales, zeros, encoding)
-    products(module, (codes, scales.view(torch.int16), zeros, encoding, n), rows, rng)
+    if encoding in MULTIPLIED:
+        products(module, (codes, scales.view(torch.int16), zeros, encoding, n), rows, rng)
 
 def products(module, weight, rows, rng):
     """Both ends of the int8 product: floats to activations, activations to floats, in every variant."""

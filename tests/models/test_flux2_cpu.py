@@ -1,5 +1,6 @@
 """The fused transformer and text encoder against the plain networks, on the tiny and on the embedded model."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,9 @@ from linocut.models.flux2_cpu import FusedTransformer
 from linocut.models.linear import PackedLinear
 from linocut.models.text_encoder import Qwen3Config, Qwen3Encoder
 from linocut.models.text_encoder_cpu import FusedEncoder
+from linocut.pipeline.generate import Pipeline
+from linocut.quantize.policy import Policy, Rule
+from linocut.quantize.stream import quantize_folder
 
 if native.why_no_module() is not None:
     pytest.skip(f"{native.why_no_module()}", allow_module_level=True)
@@ -186,6 +190,17 @@ def test_runner_leaves_what_it_cannot_run(tiny_model, dense_model):
         assert flux2_cpu.runner(model) is model
     dense = transformer_of(ModelFolder.open(dense_model))
     assert flux2_cpu.runner(dense) is dense
+
+
+def test_a_block_with_int8_weights_runs_layer_by_layer(dense_model, tmp_path):
+    name = "single_transformer_blocks.1.attn.to_out"
+    policy = Policy((Rule(re.escape(name), "int8"), *Policy.preset("flux2", "ternary").rules))
+    quantize_folder(dense_model, tmp_path / "model", "ternary", policy)
+    pipe = Pipeline.from_pretrained(tmp_path / "model", prompt_cache=False)
+    assert name in str(pipe.why_not_fused("transformer"))
+    model = transformer_of(pipe.folder)
+    assert flux2_cpu.runner(model) is model
+    assert pipe("a fox", seed=1, width=32, height=32, num_inference_steps=1).images
 
 
 # -------------------------------------------------------------------------------------------------- text encoder

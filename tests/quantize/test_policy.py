@@ -115,7 +115,7 @@ def test_encoding_fills_rules_that_name_none(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("rules = 3", "non-empty list"), ("[[rules]]\nencoding='binary'", "text `pattern`"), ("rulez = []", "unknown key"),
     ("[[rules]]\npattern='('\nencoding='binary'", "no regular expression"), ("= 1", "not a TOML or JSON"),
-    ("[[rules]]\npattern='a'\nencoding='int8'", "unknown encoding"),
+    ("[[rules]]\npattern='a'\nencoding='int4'", "unknown encoding"),
     ("[[rules]]\npattern='a'\nencoding='dense'\ngroup=3", "unknown key 'group'"),
 ])
 def test_bad_files_are_refused_with_their_path(tmp_path, text, message):

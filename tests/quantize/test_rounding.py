@@ -95,7 +95,7 @@ def test_ternary_optimum_is_the_optimum_over_all_codes():
 
 
 @pytest.mark.parametrize(("encoding", "low", "high"), [("binary", 0.355, 0.372), ("ternary", 0.183, 0.193),
-                                                       ("affine4", 0.006, 0.012)])
+                                                       ("affine4", 0.006, 0.012), ("int8", 3e-5, 5e-5)])
 def test_gaussian_error_is_the_known_one(encoding, low, high):
     w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)) * 0.02
     assert low < relative_error(w, quantize_tensor(w, encoding)) < high
@@ -138,6 +138,18 @@ def test_absent_values_follow_the_format():
     assert (unpack(quantize_tensor(tiny, "ternary")) == 0).all(), "nearer to zero than to the smallest scale"
     huge = torch.full((1, 128), 1e6)
     assert (dequantize(quantize_tensor(huge, "ternary")) == MAX_SCALE).all()
+
+
+def test_int8_reaches_the_largest_weight_and_is_off_by_half_a_step_at_most():
+    w = torch.cat([random_weights(seed) for seed in range(20)])
+    packed = quantize_tensor(w, "int8")
+    codes, scales = unpack(packed).reshape(len(w), -1, 128), packed.scales.astype(np.float32)
+    groups = w.numpy().reshape(codes.shape)
+    live = np.abs(groups).max(axis=2) > 127 * 2.0**-14  # scales in float16's full precision
+    assert (np.abs(codes).max(axis=2)[live] == 127).all()
+    # Where a scale was rounded down, 127 of it end short of the largest weight, by 127 halves of float16's last bit.
+    short = 127 * np.spacing(packed.scales).astype(np.float32) / 2
+    assert (np.abs(codes * scales[:, :, None] - groups) <= (scales / 2 + short)[:, :, None] * 1.0001).all()
 
 
 @pytest.mark.parametrize("tails", [3.0, 5.0, 1000.0])  # of Student's distribution: heavy ones, to a Gaussian's

@@ -1,6 +1,6 @@
 """Bytes: the packed layout, safetensors files, model folders. numpy only, no torch.
 
-packed.py      binary, ternary and affine4 weights as bytes: pack, unpack, dequantize, validate
+packed.py      binary, ternary, affine4 and int8 weights as bytes: pack, unpack, dequantize, validate
 header.py      the safetensors header, read as a security boundary
 writer.py      atomic and resumable writing
 checkpoint.py  memory-mapped reading; re-exports the writer

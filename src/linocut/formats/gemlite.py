@@ -78,7 +78,7 @@ def _weight(file: TensorFile, module: str, exact: bool) -> Weight:
 
 
 def gemlite_output(name: str, weight: Weight) -> Output:
-    """How a weight lies in a file of packs: sums in float32, whatever GPU will run it; four-bit ones dense."""
+    """How a weight lies in a file of packs: sums in float32, whatever GPU will run it; four and eight bits dense."""
     if weight.kind not in _ENCODINGS.values():
         return unpacked_output(name, weight)
     o, n = weight.matrix

@@ -33,7 +33,8 @@ from linocut.formats.packed import (
 )
 from linocut.formats.slots import from_slots, split_pairs, to_slots
 
-__all__ = ["FLOATS", "TYPES", "BlockType", "dequantize_q8", "quantize_q8", "read_block", "row_nbytes", "write_block"]
+__all__ = ["FLOATS", "TYPES", "BlockType", "dequantize_q8", "quantize_q8", "read_block", "row_nbytes", "write_block",
+           "write_q8"]
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,15 @@ _WRITERS: dict[str, Callable[[PackedTensor, np.ndarray], None]] = {
 _READERS: dict[str, Callable[[np.ndarray, int, bool], PackedTensor]] = {
     "Q1_0": _read_q1, "Q1_0/32": _read_q1, "Q2_0": _read_q2, "PQ2_0": _read_q2, "TQ1_0": _read_tq1,
     "TQ2_0": _read_tq2, "Q4_1": _read_q4}
+
+
+def write_q8(packed: PackedTensor) -> np.ndarray:
+    """Rows of an int8 weight in Q8_0: the same codes, each scale four times, since a block of ggml's is 32 weights."""
+    o, n = packed.shape
+    blocks = np.empty((o, n // 32, 34), dtype=np.uint8)
+    blocks[:, :, :2] = _bytes(np.repeat(packed.scales, GROUP_SIZE // 32, axis=1))
+    blocks[:, :, 2:] = packed.codes.reshape(o, -1, 32)
+    return blocks.reshape(o, -1)
 
 
 def quantize_q8(values: np.ndarray) -> np.ndarray:

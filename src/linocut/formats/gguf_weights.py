@@ -1,7 +1,7 @@
 """Weights in GGUF files: which type holds what, and how tensors of each type are read and written.
 
-Binary weights are Q1_0, ternary ones Q2_0, TQ1_0 or TQ2_0, four-bit ones Q4_1. Other tensors keep their float type or
-become Q8_0. Names are left as they are; `formats.renaming` changes them.
+Binary weights are Q1_0, ternary ones Q2_0, TQ1_0 or TQ2_0, four-bit ones Q4_1, eight-bit ones Q8_0. Other tensors keep
+their float type or become Q8_0. Names are left as they are; `formats.renaming` changes them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from linocut.errors import FormatError
-from linocut.formats.ggml import FLOATS, TYPES, dequantize_q8, quantize_q8, read_block, write_block
+from linocut.formats.ggml import FLOATS, TYPES, dequantize_q8, quantize_q8, read_block, write_block, write_q8
 from linocut.formats.gguf import HASHES, GGUFFile, GGUFTensor
 from linocut.formats.header import printable
 from linocut.formats.packed import PackedTensor
@@ -84,6 +84,8 @@ def gguf_output(name: str, weight: Weight, ternary: str = "Q2_0", dense: str = "
 
     Raises FormatError for what no type holds, while writing too: two scales where TQ1_0 and TQ2_0 have room for one.
     """
+    if weight.kind == "int8":
+        return _eight_bits(name, weight)
     if weight.packed:
         kind = {"binary": "Q1_0", "ternary": ternary, "affine4": "Q4_1"}[weight.kind]
 
@@ -98,6 +100,16 @@ def gguf_output(name: str, weight: Weight, ternary: str = "Q2_0", dense: str = "
                                           "other programs compute with offsets rounded to float16")
         return Output(((f"{name}.weight", kind, weight.shape),), encode, note=note)
     return _dense_output(name, weight, dense)
+
+
+def _eight_bits(name: str, weight: Weight) -> Output:
+    def encode(block: Block) -> tuple[np.ndarray, ...]:
+        assert isinstance(block, PackedTensor)
+        return (write_q8(block),)
+
+    return Output(((f"{name}.weight", "Q8_0", weight.shape),), encode,
+                  back=lambda block: dequantize_q8(encode(block)[0], weight.matrix[1]),
+                  note="eight-bit weights become Q8_0: the same codes and scales, which are read as float32 values")
 
 
 def _dense_output(name: str, weight: Weight, wanted: str) -> Output:

@@ -1,8 +1,8 @@
 """MLX's affine weights: `M.weight` (uint32 slots), `M.scales` and `M.biases`, with weight = code * scale + bias.
 
 A binary weight has scale 2 s and bias -s, a ternary one s and -s, both exact in the dtype of s. Four-bit weights
-(groups of 64) have s and -zero s, exact in float32. Source: mlx's documentation of `mx.dequantize`, and Bonsai's
-published files.
+(groups of 64) have s and -zero s, eight-bit ones s and -128 s, exact in float32. Source: mlx's documentation of
+`mx.dequantize`, and Bonsai's published files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _encoding(module: str, table: Mapping[str, Any]) -> str:
         if _table(encoding) == {"bits": bits, "group_size": group}:
             return encoding
     raise FormatError("MLX weights of this form are not read", tensor=printable(module),
-                      expected="1 or 2 bits in groups of 128, or 4 of 64", found=f"{bits} bits in groups of {group}")
+                      expected="1, 2 or 8 bits in groups of 128, or 4 of 64", found=f"{bits} bits in groups of {group}")
 
 
 def mlx_weights(file: TensorFile, table: Mapping[str, Any], exact: bool = True) -> Weights:
@@ -135,11 +135,11 @@ def _is_ours(slots: np.ndarray, factors: np.ndarray, offsets: np.ndarray) -> boo
 
 
 def mlx_output(name: str, weight: Weight) -> Output:
-    """How a weight lies in a file of MLX's: dense ones as they are; scales in float16, of four-bit ones in float32."""
+    """How a weight lies in a file of MLX's: dense ones as they are; scales in float16, or float32 from four bits on."""
     if not weight.packed:
         return dense_output(name, weight)
     o, n = weight.matrix
-    dtype = "F32" if weight.kind == "affine4" else "F16"
+    dtype = "F32" if weight.kind in ("affine4", "int8") else "F16"
     groups_ = (o, groups(weight.kind, n))
 
     def encode(block: Block) -> tuple[np.ndarray, ...]:

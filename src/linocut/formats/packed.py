@@ -1,4 +1,4 @@
-"""The packed layout, version 1: binary, ternary and affine4 weights as bytes (normative text: docs/format.md).
+"""The packed layout, version 1: binary, ternary, affine4 and int8 weights as bytes (normative text: docs/format.md).
 
 A weight W[O, N] (O out-features, N in-features, N a multiple of 128) is held as `codes` (uint8 [O, row bytes]),
 `scales` (float16 [O, G]) and, for affine4, `zeros` (uint8 [O, G/2]). Rows are independent: any range decodes alone.
@@ -6,6 +6,7 @@ A weight W[O, N] (O out-features, N in-features, N a multiple of 128) is held as
     binary   w = (2b - 1) * scale     b one bit, least significant first              group 128
     ternary  w = (code - 1) * scale   five codes 0..2 a byte, planar, fixed point     group 128
     affine4  w = (code - zero) * scale  two codes 0..15 a byte, low nibble first      group 64
+    int8     w = code * scale         one code -127..127 a byte, two's complement    group 128
 
 Everything here is numpy; the torch and C++ decoders are checked against it. Decoders are safe for any byte value.
 """
@@ -29,11 +30,13 @@ __all__ = [
 
 GROUP_SIZE = 128
 AFFINE_GROUP_SIZE = 64
-ENCODINGS = ("binary", "ternary", "affine4")
+ENCODINGS = ("binary", "ternary", "affine4", "int8")
 BLOCK = 640  # weights in a full ternary block: 5 planes of 128
 MIN_SCALE = 2.0**-24  # the smallest positive float16
 MAX_SCALE = 65504.0  # the largest finite float16
 
+_RANGES = {"binary": (-1, 1), "ternary": (-1, 1), "affine4": (0, 15), "int8": (-127, 127)}
+_INT8_INVALID = 0x80  # -128 has no mirror image, so no writer makes it
 _CHUNK = 1 << 19  # weights handled at a time, so that temporaries stay in the cache
 _TRIT_BYTES = np.array([-(-256 * v // 243) for v in range(243)], dtype=np.uint8)  # v -> ceil(256 v / 243)
 _TRIT_VALID = np.zeros(256, dtype=bool)
@@ -86,6 +89,8 @@ def row_bytes(encoding: str, n: int) -> int:
         return n // 8
     if encoding == "affine4":
         return n // 2
+    if encoding == "int8":
+        return n
     full, rest = divmod(n, BLOCK)
     return full * (BLOCK // 5) + -(-rest // 5)
 
@@ -164,9 +169,10 @@ def pack(values: np.ndarray, scales: np.ndarray, encoding: str, zeros: np.ndarra
          exact: bool = False) -> PackedTensor:
     """Pack integer values [O, N] and scales [O, G] into the layout of `encoding`.
 
-    values are -1/0/+1 (binary: a 0 becomes +1; ternary) or 0..15 (affine4, with `zeros` [O, G], 0..15). A negative
-    scale is made positive by mirroring its group. A zero scale, and the scale of a ternary group of zeros, becomes
-    2^-24. With `exact` a scale that float16 cannot hold exactly is refused instead of rounded (for foreign files).
+    values are -1/0/+1 (binary: a 0 becomes +1; ternary), 0..15 (affine4, with `zeros` [O, G], 0..15) or -127..127
+    (int8). A negative scale is made positive by mirroring its group. A zero scale, and the scale of a ternary or int8
+    group of zeros, becomes 2^-24. With `exact` a scale that float16 cannot hold exactly is refused instead of rounded
+    (for foreign files).
     Raises FormatError for wrong shapes, values out of range, and scales that are not finite.
     """
     check_encoding(encoding)
@@ -190,7 +196,7 @@ def pack(values: np.ndarray, scales: np.ndarray, encoding: str, zeros: np.ndarra
     if (encoding == "affine4") != (zeros is not None):
         raise FormatError("zero points do not fit the encoding", expected="zeros for affine4 and only for affine4",
                           found=f"{encoding} with{'out' if zeros is None else ''} zeros")
-    low, high = (0, 15) if encoding == "affine4" else (-1, 1)
+    low, high = _RANGES[encoding]
     if values.size and (int(values.min()) < low or int(values.max()) > high):
         raise FormatError(f"{encoding} values are out of range", expected=f"{low}..{high}",
                           found=f"{values.min()}..{values.max()}")
@@ -212,7 +218,7 @@ def pack(values: np.ndarray, scales: np.ndarray, encoding: str, zeros: np.ndarra
             grouped[negative] = -grouped[negative]
         values, scales = grouped.reshape(o, n), np.abs(scales)
     stored = round_scales(scales)
-    if encoding == "ternary":
+    if encoding in ("ternary", "int8"):
         dead = scales == 0
         if dead.any():  # zero times anything is zero: keep that with codes, since the stored scale cannot be zero
             values = values.copy()
@@ -272,14 +278,18 @@ def _pack_nibbles(values: Bytes) -> Bytes:
     return values[:, 0::2] | (values[:, 1::2] << np.uint8(4))
 
 
-_PACKERS = {"binary": _pack_binary, "ternary": _pack_ternary, "affine4": _pack_affine4}
+def _pack_int8(values: np.ndarray, codes: Bytes) -> None:
+    codes[:] = values.view(np.uint8)
+
+
+_PACKERS = {"binary": _pack_binary, "ternary": _pack_ternary, "affine4": _pack_affine4, "int8": _pack_int8}
 
 
 # --- unpacking -------------------------------------------------------------------------------------------------------
 
 
 def unpack_rows(codes: Bytes, encoding: str, n: int) -> npt.NDArray[np.int8]:
-    """Codes [o, row bytes] -> values int8 [o, N]: -1/+1, -1/0/+1 or 0..15. Any byte decodes to values in range."""
+    """Codes [o, row bytes] -> values int8 [o, N]: -1/+1, -1/0/+1, 0..15 or, for int8, -128..127. Any byte decodes."""
     if codes.ndim != 2 or codes.dtype != np.uint8 or codes.shape[1] != row_bytes(encoding, n):
         raise FormatError(f"wrong codes for {encoding} rows of {n} weights",
                           expected=f"uint8 [*, {row_bytes(encoding, n)}]", found=f"{codes.dtype} {list(codes.shape)}")
@@ -332,11 +342,15 @@ def _unpack_nibbles(codes: Bytes, count: int) -> Bytes:
     return pairs.reshape(codes.shape[0], -1)[:, :count]
 
 
-_UNPACKERS = {"binary": _unpack_binary, "ternary": _unpack_ternary, "affine4": _unpack_affine4}
+def _unpack_int8(codes: Bytes, values: np.ndarray) -> None:
+    values[:] = codes.view(np.int8)
+
+
+_UNPACKERS = {"binary": _unpack_binary, "ternary": _unpack_ternary, "affine4": _unpack_affine4, "int8": _unpack_int8}
 
 
 def unpack(packed: PackedTensor) -> npt.NDArray[np.int8]:
-    """Values int8 [O, N]: -1/+1 (binary), -1/0/+1 (ternary), 0..15 (affine4)."""
+    """Values int8 [O, N]: -1/+1 (binary), -1/0/+1 (ternary), 0..15 (affine4), -127..127 (int8)."""
     return unpack_rows(packed.codes, packed.encoding, packed.shape[1])
 
 
@@ -379,7 +393,7 @@ def dequantize(packed: PackedTensor, rows: slice | None = None) -> npt.NDArray[n
 
 
 def validate_values(packed: PackedTensor, name: str) -> None:
-    """Check what opening a file does not: scales finite and positive, trit bytes valid, padding of rows as written.
+    """Check what opening a file does not: scales finite and positive, trit and int8 bytes valid, padding as written.
 
     Raises FormatError that names `name`'s tensor, the first bad place, what was expected and what was found.
     """
@@ -390,9 +404,16 @@ def validate_values(packed: PackedTensor, name: str) -> None:
         raise FormatError(f"bad scale in row {row}, group {group} ({int(bad.sum())} bad in all)",
                           tensor=f"{name}.scales", expected="a finite number above 0",
                           found=float(packed.scales[row, group]))
+    n = packed.shape[1]
+    if packed.encoding == "int8":
+        for rows in _row_chunks(packed.shape[0], n):
+            lowest = packed.codes[rows] == _INT8_INVALID
+            if lowest.any():
+                row, byte = np.argwhere(lowest)[0]
+                raise FormatError(f"invalid int8 byte in row {rows.start + row}, byte {byte}", tensor=f"{name}.codes",
+                                  expected="-127..127", found="0x80, which is -128")
     if packed.encoding != "ternary":
         return
-    n = packed.shape[1]
     _, count, start, size = ternary_blocks(n)[-1]
     missing = 5 * size - count
     for rows in _row_chunks(packed.shape[0], n):

@@ -1,7 +1,8 @@
-"""Weights in slots of one, two or four bits, least significant first: what MLX, gemlite and GGUF's plain types share.
+"""Weights in slots of one, two, four or eight bits, least significant first: what MLX, gemlite and GGUF share.
 
 A row of N codes of b bits takes N b / 8 bytes. Binary codes 0, 1 stand for -s, +s; ternary codes 0, 1, 2 for -s, 0, +s
-and 3 for nothing; four-bit codes c for (c - zero) s. Binary and four-bit slots are our own bytes; ternary is repacked.
+and 3 for nothing; four-bit codes c for (c - zero) s, eight-bit ones for (c - 128) s. Binary and four-bit slots are our
+own bytes; ternary is repacked.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from linocut.formats.packed import GROUP_SIZE, PackedTensor, groups, pack, unpac
 
 __all__ = ["BITS", "affine_parts", "from_affine", "from_slots", "to_slots"]
 
-BITS = {"binary": 1, "ternary": 2, "affine4": 4}
+BITS = {"binary": 1, "ternary": 2, "affine4": 4, "int8": 8}
+_MIDDLE = np.uint8(128)  # the eight-bit code of a zero weight
 # the four codes of a byte, as four bytes
 _PAIRS = np.array([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in range(256)], dtype=np.uint8)
 _QUADS = _PAIRS.view(np.uint32).reshape(-1)
 
 
 def to_slots(packed: PackedTensor) -> np.ndarray:
-    """The slots of a packed weight: uint8 [O, N b / 8], one, two or four bits a weight."""
+    """The slots of a packed weight: uint8 [O, N b / 8], one, two, four or eight bits a weight."""
+    if packed.encoding == "int8":
+        return packed.codes ^ _MIDDLE
     if packed.encoding != "ternary":
         return packed.codes
     return join_pairs((unpack(packed) + np.int8(1)).view(np.uint8))
@@ -44,7 +48,7 @@ def from_slots(slots: np.ndarray, encoding: str, scales: np.ndarray, exact: bool
     """Slots uint8 [O, N b / 8] and scales [O, G] (float; for affine4 also zeros 0..15) as a packed weight.
 
     With `exact` a scale that float16 does not hold is refused, else it is rounded. Raises FormatError for code 3 of a
-    ternary weight and for scales that are not finite.
+    ternary weight, code 0 of an eight-bit one, and for scales that are not finite.
     """
     slots = np.ascontiguousarray(slots)
     if encoding == "ternary":
@@ -59,6 +63,8 @@ def from_slots(slots: np.ndarray, encoding: str, scales: np.ndarray, exact: bool
             return PackedTensor("binary", (slots.shape[0], slots.shape[1] * 8), slots, scales.astype(np.float16))
         bits = np.unpackbits(slots, axis=1, bitorder="little").view(np.int8)
         return pack(bits * np.int8(2) - np.int8(1), scales, "binary", exact=exact)
+    if encoding == "int8":
+        return pack((slots ^ _MIDDLE).view(np.int8), scales, "int8", exact=exact)
     nibbles = np.stack([slots & 15, slots >> 4], axis=2).reshape(slots.shape[0], -1)
     return pack(nibbles, scales, "affine4", zeros, exact=exact)
 
@@ -76,6 +82,8 @@ def affine_parts(packed: PackedTensor, zeros: np.ndarray | None) -> tuple[np.nda
         return scales * np.float32(2), -scales
     if packed.encoding == "ternary":
         return scales, -scales
+    if packed.encoding == "int8":
+        return scales, scales * np.float32(-128)
     if zeros is None:
         raise FormatError("a four-bit weight has no zero points", expected="zeros", found=None)
     return scales, -(zeros.astype(np.float32) * scales)
@@ -85,7 +93,7 @@ def from_affine(slots: np.ndarray, encoding: str, factors: np.ndarray, offsets: 
                 exact: bool = True) -> PackedTensor:
     """Inverse of `affine_parts` for slots of any program: weights code * factor + offset as a packed weight.
 
-    Raises FormatError where that is no +-s, -s/0/+s or (code - zero) s with an integer zero of 0..15.
+    Raises FormatError where that is no +-s, -s/0/+s, (code - 128) s or (code - zero) s with an integer zero of 0..15.
     """
     _check(np.isfinite(factors) & np.isfinite(offsets), "a factor and an offset", "finite numbers", factors)
     if encoding == "affine4":
@@ -94,6 +102,9 @@ def from_affine(slots: np.ndarray, encoding: str, factors: np.ndarray, offsets: 
         fits = (zeros >= 0) & (zeros <= 15) & (zeros * factors == -offsets)
         _check(fits, "a zero point", "a whole number of 0..15", offsets)
         return from_slots(slots, encoding, factors, exact, zeros.astype(np.uint8))
+    if encoding == "int8":
+        _check(offsets == factors * np.float32(-128), "an offset", "-128 times the factor, as for int8", offsets)
+        return from_slots(slots, encoding, factors, exact)
     expected = offsets * np.float32(-2 if encoding == "binary" else -1)
     what = "-2" if encoding == "binary" else "-1"
     _check(factors == expected, "a factor", f"{what} times the offset, as {encoding} weights have", factors)

@@ -20,6 +20,7 @@ from linocut.formats.weight import Block, Output, Weight, Weights, as_float32, d
 __all__ = ["METADATA_KEY", "find_encoding", "metadata", "pack_values", "packed_again", "unpacked_output"]
 
 METADATA_KEY = "linocut.unpacked"
+_BITS = {"affine4": "four", "int8": "eight"}
 _SAMPLE = 16  # rows that tell what a tensor is
 
 
@@ -110,18 +111,18 @@ def _packed(weight: Weight, encoding: str, exact: bool) -> Weight:
 def unpacked_output(name: str, weight: Weight) -> Output:
     """How a weight lies in a dense file: binary and ternary in float16, which holds them exactly, else as it is.
 
-    Four-bit weights take float32, in which their values are exact; their codes do not come back.
+    Weights of four and eight bits take float32, in which their values are exact; their codes do not come back.
     """
     if not weight.packed:
         return dense_output(name, weight)
-    dtype = "F32" if weight.kind == "affine4" else "F16"
+    dtype = "F16" if weight.kind in ENCODINGS[:2] else "F32"
 
     def encode(block: Block) -> tuple[np.ndarray, ...]:
         assert isinstance(block, PackedTensor)
         values = dequantize(block)
         return (values if dtype == "F32" else values.astype(np.float16),)
 
-    if weight.kind != "affine4":
+    if dtype == "F16":
         return Output(((f"{name}.weight", dtype, weight.shape),), encode)
-    return Output(((f"{name}.weight", dtype, weight.shape),), encode, back=lambda block: encode(block)[0],
-                  note="four-bit weights become float32 values, which are equal, but do not become codes again")
+    note = f"{_BITS[weight.kind]}-bit weights become float32 values, which are equal, but do not become codes again"
+    return Output(((f"{name}.weight", dtype, weight.shape),), encode, back=lambda block: encode(block)[0], note=note)

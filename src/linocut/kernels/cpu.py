@@ -20,6 +20,7 @@ from torch import Tensor
 from linocut.errors import KernelError
 from linocut.formats.packed import GROUP_SIZE
 from linocut.kernels import native
+from linocut.kernels.fusible import MULTIPLIED
 from linocut.kernels.problem import PackedWeight, Problem, thread_count
 
 SUM_SIZE = 64
@@ -145,6 +146,8 @@ class Int8(native.Native):
             return "a gradient is asked for, and rounded activations have none"
         if problem.n % GROUP_SIZE:
             return f"activations are quantized in groups of {GROUP_SIZE}, the weight has N = {problem.n}"
+        if problem.encoding not in MULTIPLIED:
+            return f"{problem.encoding} weights are for layers whose activations are not rounded"
         return super().why_not(problem)
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:

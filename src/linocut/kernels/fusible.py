@@ -13,14 +13,17 @@ HEAD_WIDTHS = (32, 64, 96, 128)
 HIDDEN_SLICE = 1024
 """Hidden units that `gated_mlp` best computes at a time: enough rows of weights for the threads to share, and what they
 give for klein's 1536 tokens at 512 px, 6 MB, stays in the cache."""
+MULTIPLIED = ("binary", "ternary", "affine4")
+"""Encodings whose weights are multiplied as they are stored. int8 is for layers at the edges of a network, whose
+activations are better not rounded; its weights are decoded."""
 _IN_BLOCKS = re.compile(r"(blocks|layers)\.\d+\..*\.weight")
 
 
 def why_not(head_width: int, dense: str | None, device: str = "cpu", asked: str | None = None) -> str | None:
     """None if blocks with heads of this width can run fused, else the reason.
 
-    `dense` names one of their Linears that is not packed, if there is one; `asked` the kernel asked for (default:
-    `LINOCUT_KERNEL`).
+    `dense` names one of their Linears that is not packed in one of `MULTIPLIED`, if there is one; `asked` the kernel
+    asked for (default: `LINOCUT_KERNEL`).
     """
     asked = asked or os.environ.get("LINOCUT_KERNEL", "").strip() or "auto"
     if asked not in ("auto", "int8"):
@@ -28,7 +31,7 @@ def why_not(head_width: int, dense: str | None, device: str = "cpu", asked: str 
     if device != "cpu":
         return f"runs on the CPU, the model is on {device}"
     if dense is not None:
-        return f"{dense} is not packed"
+        return f"{dense} is not binary, ternary or affine4"
     if head_width not in HEAD_WIDTHS:
         return f"heads have {head_width} channels, and attention takes {', '.join(map(str, HEAD_WIDTHS))}"
     try:
@@ -52,6 +55,8 @@ def attention_bytes() -> int:
 
 
 def dense_in_blocks(checkpoint: Checkpoint) -> str | None:
-    """The first matrix in a block of the network that a checkpoint holds dense; None if all are packed."""
-    return next((name for name in checkpoint.names
-                 if _IN_BLOCKS.search(name) and len(checkpoint.info(name).shape) == 2), None)
+    """The first matrix in a block of the network that a checkpoint holds dense or in an encoding that is none of
+    `MULTIPLIED`; None if there is none."""
+    decoded = [f"{name}.weight" for name, entry in checkpoint.packed.items() if entry.encoding not in MULTIPLIED]
+    dense = [name for name in checkpoint.names if len(checkpoint.info(name).shape) == 2]
+    return next(filter(_IN_BLOCKS.search, [*decoded, *dense]), None)

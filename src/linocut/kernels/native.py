@@ -16,7 +16,7 @@ from torch import Tensor
 from linocut.kernels.blocked import blocked_linear
 from linocut.kernels.problem import FLOAT_DTYPES, PackedWeight, Problem, thread_count
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of the Python-to-C++ interface; a module of another version is refused rather than called wrongly."""
 _SPLIT_WEIGHTS = 1 << 20
 """Weights per thread below which starting another thread costs more than it saves."""

@@ -9,6 +9,7 @@ Layouts in one glance (N in-features):
 - ternary: blocks of 640 weights, the last one of R. Byte j of a block of S bytes holds weights j, S+j, 2S+j, 3S+j and
   4S+j as base-3 digits of a fixed-point fraction: digit i = ((b * 3^i mod 256) * 3) >> 8.
 - affine4: byte n // 2, low nibble first; w = (code - zero) * scale with one zero point per 64 weights.
+- int8: byte n is the weight in two's complement; w = code * scale.
 """
 
 import torch
@@ -66,6 +67,8 @@ def decode(weight: PackedWeight) -> Tensor:
         values = binary_values(weight.codes, weight.n)
     elif weight.encoding == "ternary":
         values = ternary_values(weight.codes, weight.n)
+    elif weight.encoding == "int8":
+        values = weight.codes.view(torch.int8)
     else:
         assert weight.zeros is not None
         values, group = affine4_values(weight.codes, weight.zeros, weight.n), AFFINE_GROUP_SIZE

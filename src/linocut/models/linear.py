@@ -19,6 +19,7 @@ from linocut.errors import FormatError
 from linocut.formats.packed import PackedTensor, layout
 from linocut.kernels import dispatch
 from linocut.kernels.blocked import SCRATCH_BYTES, block_rows
+from linocut.kernels.fusible import MULTIPLIED
 from linocut.kernels.problem import PackedWeight, checked
 from linocut.quantize.rounding import fake_quantize, quantize_tensor
 
@@ -68,7 +69,7 @@ class _Packed(nn.Module):
 
 
 class PackedLinear(_Packed):
-    """y = x @ W.T with W [O, N] binary, ternary or affine4. No bias. Gradients flow to x only."""
+    """y = x @ W.T with W [O, N] in any encoding of `formats.packed`. No bias. Gradients flow to x only."""
 
     def __init__(self, in_features: int, out_features: int, encoding: str) -> None:
         super().__init__((out_features, in_features), encoding)
@@ -87,7 +88,7 @@ class PackedLinear(_Packed):
 
 
 class PackedEmbedding(_Packed):
-    """Rows of an affine4 table [V, D]; only the rows asked for are decoded, into `dtype` (float32 unless cast)."""
+    """Rows of a packed table [V, D]; only the rows asked for are decoded, into `dtype` (float32 unless cast)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, encoding: str = "affine4") -> None:
         super().__init__((num_embeddings, embedding_dim), encoding)
@@ -120,8 +121,9 @@ def packed_weight(layer: nn.Module) -> PackedWeight:
 
 
 def dense_layer(network: nn.Module) -> str | None:
-    """Path of the first Linear in `network` that holds no packed weight; None if all do."""
-    return next((name for name, module in network.named_modules() if isinstance(module, nn.Linear)), None)
+    """Path of the first Linear in `network` that is dense or in an encoding that is none of `MULTIPLIED`, or None."""
+    return next((name for name, module in network.named_modules() if isinstance(module, nn.Linear)
+                 or (isinstance(module, PackedLinear) and module.encoding not in MULTIPLIED)), None)
 
 
 class _Annealed:

@@ -1,7 +1,7 @@
-"""Data-free rounding of weights to binary, ternary and affine4 groups, and the straight-through form for training.
+"""Data-free rounding of weights to groups of each encoding, and the straight-through form for training.
 
 Shape letters: O out-features (rows), N in-features (columns), G groups along N, g weights in a group
-(128 for binary and ternary, 64 for affine4). Weights keep the units of the source; all arithmetic is float32.
+(128, or 64 for affine4). Weights keep the units of the source; all arithmetic is float32.
 
 Every scale is rounded to FP16 and clamped to [2^-24, 65504] *before* codes are derived from it or an error is
 measured, so what is optimised here is what a packed file decodes to. A binary 0 becomes +1; a ternary group without
@@ -13,6 +13,7 @@ Two methods:
   their neighbours, whose squared error is within one percent of the best that any scale and zero point give.
 - `tied` is the cheap closed form that the training forward pass uses (ternary: threshold 0.75 mean|w| with the
   least-squares scale; affine4: min/max). A trained student must be stored with it, or its weights would change.
+Binary and int8 (a scale of max|w| / 127) have one way only.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from linocut.formats.packed import (
     MIN_SCALE,
     PackedTensor,
     dequantize,
+    group_size,
     pack,
 )
 
@@ -81,6 +83,12 @@ def quantize_affine4(w: Tensor, method: str = "exact") -> tuple[Tensor, Tensor, 
     return codes, scales.squeeze(-1), zeros.squeeze(-1).to(torch.uint8)
 
 
+def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit weights w = code * scale: codes int8 [O, N] in -127..127 and scales float32 [O, G] = max|w| / 127."""
+    values, scales = _int8(_grouped(w, GROUP_SIZE))
+    return values.to(torch.int8).view(w.shape), scales.squeeze(-1)
+
+
 def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str | None = None) -> PackedTensor:
     """Round a weight [O, N] and pack it into the file layout, in row blocks with flat memory.
 
@@ -103,6 +111,8 @@ def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str |
             values, scales = quantize_binary(block)
         elif encoding == "ternary":
             values, scales = quantize_ternary(block, method)
+        elif encoding == "int8":
+            values, scales = quantize_int8(block)
         else:
             values, scales, zeros = quantize_affine4(block, method)
         blocks.append(pack(values.cpu().numpy(), scales.cpu().numpy(), encoding,
@@ -147,12 +157,13 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, encoding: str, eps: float | Tensor, clip: float | None) -> Tensor:
-        size = AFFINE_GROUP_SIZE if encoding == "affine4" else GROUP_SIZE
-        grouped = _grouped(w, size)
+        grouped = _grouped(w, group_size(encoding))
         if encoding == "binary":
             values, scales = _binary(grouped)
         elif encoding == "ternary":
             values, scales = _ternary_tied(grouped)
+        elif encoding == "int8":
+            values, scales = _int8(grouped)
         else:
             values, scales, _ = _affine_range(grouped)
         q = values * scales
@@ -223,6 +234,11 @@ def _descending(magnitude: Tensor) -> Tensor:
     # torch's CPU sort also carries indices; numpy's plain sort is about 20 times faster.
     ascending = torch.from_numpy(np.sort(-magnitude.numpy(), axis=-1))
     return ascending.neg_()
+
+
+def _int8(g: Tensor) -> tuple[Tensor, Tensor]:
+    scales = round_scale(g.abs().amax(-1, keepdim=True) / 127.0)
+    return (g / scales).round().clamp(-127.0, 127.0), scales
 
 
 def _affine_range(g: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

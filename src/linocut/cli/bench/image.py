@@ -50,6 +50,7 @@ def command(model: str, work: Path | None, size: tuple[int, int], steps: int, ar
     """
     from linocut.cli._progress import Bar
     from linocut.cli._signals import sigterm_interrupts
+    from linocut.cli.bench import report
     from linocut.cli.bench.rounds import Rounds
     from linocut.errors import UsageError
     from linocut.formats.folder import ModelFolder
@@ -62,7 +63,7 @@ def command(model: str, work: Path | None, size: tuple[int, int], steps: int, ar
     if work is None and not all(arm.startswith(OURS) for arm in chosen):
         raise UsageError("say --work DIR, where weights for the others shall be made")
     threads = threads or len(os.sched_getaffinity(0))
-    settings = {"size": list(size), "steps": steps, "encoding": _encoding(folder)}
+    settings = {"size": list(size), "steps": steps, "encoding": report.encoding(folder)}
     done = Rounds("image", threads, settings, output)
     with Bar("measuring") as bar, sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="linocut-bench-") as made:
         wanted = [(number, arm) for number in range(rounds) for arm in chosen if done.missing([arm], number)]
@@ -74,11 +75,6 @@ def command(model: str, work: Path | None, size: tuple[int, int], steps: int, ar
             done.add(arm, number, found.seconds)
     content = done.content()
     click.echo(json.dumps(content, indent=1)) if as_json else _print(content)
-
-
-def _encoding(folder: Any) -> str:
-    with folder.checkpoint("transformer") as checkpoint:
-        return next((entry.encoding for entry in checkpoint.packed.values() if entry.encoding != "affine4"), "dense")
 
 
 class _Found(NamedTuple):

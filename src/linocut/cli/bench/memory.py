@@ -55,7 +55,7 @@ def command(model: Path, work: Path | None, size: tuple[int, int], steps: int, m
     folder = ModelFolder.open(model)
     threads = threads or len(os.sched_getaffinity(0))
     chosen = arms or (ARMS if work is not None else ARMS[:1])
-    settings = {"size": list(size), "steps": steps, "max_memory": max_memory, "encoding": _encoding(folder),
+    settings = {"size": list(size), "steps": steps, "max_memory": max_memory, "encoding": report.encoding(folder),
                 "timestep_table": folder.timestep_table() is not None}
     content = report.document("memory", threads, settings, {})
     if output is not None and output.exists():
@@ -72,11 +72,6 @@ def command(model: Path, work: Path | None, size: tuple[int, int], steps: int, m
                 if output is not None:
                     report.write(output, content)
     click.echo(json.dumps(content, indent=1)) if as_json else _print(content)
-
-
-def _encoding(folder: Any) -> str:
-    with folder.checkpoint("transformer") as checkpoint:
-        return next((entry.encoding for entry in checkpoint.packed.values() if entry.encoding != "affine4"), "dense")
 
 
 def _command(arm: str, folder: Any, work: Path | None, made: Path, size: tuple[int, int], steps: int, threads: int,

@@ -12,6 +12,7 @@ from typing import Any
 
 from linocut import __version__
 from linocut.errors import FormatError
+from linocut.formats.folder import ModelFolder
 
 PACKAGES = ("torch", "numpy", "stable_diffusion_cpp_python")
 
@@ -52,6 +53,13 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def encoding(folder: ModelFolder) -> str:
+    """What the transformer of a model is: "binary", "ternary" or "dense"."""
+    with folder.checkpoint("transformer") as checkpoint:
+        return next((entry.encoding for entry in checkpoint.packed.values()
+                     if entry.encoding in ("binary", "ternary")), "dense")
 
 
 def document(kind: str, threads: int, settings: dict[str, Any], results: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import click
 from linocut.cli.generate import Size
 
 if TYPE_CHECKING:
-    from linocut.formats.folder import ModelFolder
     from linocut.pipeline.generate import Pipeline
 
 STAGES = ("encode", "step", "decode")
@@ -43,6 +42,7 @@ def command(model: str, size: tuple[int, int], stages: tuple[str, ...], arms: tu
     rest in bfloat16. Our seconds are those that drawing a picture reports, without opening files.
     """
     from linocut.cli._progress import Bar
+    from linocut.cli.bench import report
     from linocut.cli.bench.rounds import Rounds
     from linocut.kernels.problem import thread_count
     from linocut.pipeline.generate import Pipeline
@@ -51,7 +51,7 @@ def command(model: str, size: tuple[int, int], stages: tuple[str, ...], arms: tu
     chosen = stages or STAGES
     names = [f"{stage}/{arm}" for stage in chosen for arm in (OURS, *TORCH[stage])
              if not arms or arm in arms]
-    settings = {"size": list(size), "encoding": _encoding(pipe.folder), "kernel": pipe.kernel(1024),
+    settings = {"size": list(size), "encoding": report.encoding(pipe.folder), "kernel": pipe.kernel(1024),
                 "bytes": pipe.folder.checkpoint("transformer").tensor_nbytes}
     done = Rounds("stages", thread_count()[0], settings, output)
     made: dict[str, Callable[[], float]] = {}
@@ -73,11 +73,6 @@ def command(model: str, size: tuple[int, int], stages: tuple[str, ...], arms: tu
                 bar.update(count, total, name)
     content = done.content()
     click.echo(json.dumps(content, indent=1)) if as_json else _print(content)
-
-
-def _encoding(folder: ModelFolder) -> str:
-    with folder.checkpoint("transformer") as checkpoint:
-        return next((entry.encoding for entry in checkpoint.packed.values() if entry.encoding != "affine4"), "dense")
 
 
 def _draw(pipe: Pipeline, size: tuple[int, int]) -> dict[str, float]:
