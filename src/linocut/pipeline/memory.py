@@ -210,7 +210,10 @@ class Planner:
         value = DTYPE_BYTES[decoder_dtype()[0]]
         work = footprint.decode_bytes(vae, width, height, ways.tile, value)
         copies = self._vae_values * value  # the stored weights are in memory only until they are converted
-        decode = Phase("decode", copies, max(work, self._vae_mapped) + known + together * latents + 4 * width * height,
+        work = max(work, self._vae_mapped) + known + together * latents + 4 * width * height
+        if ways.keep_loaded:  # then freed memory is not given back between phases, and may not fit what follows
+            work += max(encode.activations, denoise.activations)
+        decode = Phase("decode", copies, work,
                        CONVOLUTION_BYTES, self._text_weights + weights if ways.keep_loaded else 0, base)
         return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
 
