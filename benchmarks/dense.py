@@ -1,21 +1,27 @@
 """What eight and four bits do to the layers that stay dense: context_embedder, x_embedder, proj_out.
 
     python benchmarks/dense.py [embedded] [--pictures 16] [-o benchmarks/results/dense.json]
+    python benchmarks/dense.py MODEL --copy OUT --edges int8       # such a model, for 'linocut bench memory'
 
-Rounds them in memory, all else as it is, and draws the same pictures again: error of the weights, and PSNR of the
-pictures to those of the unrounded layers on the same noise. Eight bits: int8 with a float16 scale for 128 weights
-(max / 127). Four bits: affine4 as the quantizer searches it.
+Packs them in memory, all else as it is, and draws the same pictures again: error of the weights, and PSNR of the
+pictures to those of the dense layers on the same noise. They run on the kernels that a packed file would run on. To
+compare with: the same for activations of the blocks that are not rounded to int8, all weights as they are. Rows that
+are no multiple of 128, which files keep dense, are filled up with zeros.
 """
 
 import argparse
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from linocut.formats.checkpoint import Checkpoint, write_checkpoint
+from linocut.kernels.dispatch import use_kernel
 from linocut.models.linear import PackedLinear
 from linocut.pipeline.generate import Pipeline
 from linocut.quantize.rounding import quantize_tensor
@@ -26,17 +32,22 @@ PROMPTS = ("two red apples and a blue cup", "a green fox above a book", "three y
 GROUP = 128
 
 
-def eight_bits(w: Tensor) -> Tensor:
-    groups = w.float().unflatten(1, (-1, GROUP)) if w.shape[1] % GROUP == 0 else w.float()[:, None]
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(2.0**-24).half().float()
-    return ((groups / scale).round().clamp(-127, 127) * scale).flatten(1)
+class Packed(nn.Module):
+    """A Linear without bias whose weight [O, N] is packed, with zeros behind its rows up to whole groups."""
 
+    def __init__(self, weight: Tensor, encoding: str) -> None:
+        super().__init__()
+        self.width, self.missing = weight.shape[1], -weight.shape[1] % GROUP
+        filled = nn.functional.pad(weight.float(), (0, self.missing))
+        self.layer = PackedLinear.from_packed(quantize_tensor(filled, encoding))
 
-def four_bits(w: Tensor) -> Tensor:
-    if w.shape[1] % 128:  # a layer that is too narrow for its groups
-        pad = torch.nn.functional.pad(w.float(), (0, -w.shape[1] % 128))
-        return PackedLinear.from_packed(quantize_tensor(pad, "affine4")).dequantize()[:, : w.shape[1]]
-    return PackedLinear.from_packed(quantize_tensor(w.float(), "affine4")).dequantize()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(nn.functional.pad(x, (0, self.missing)))
+
+    def error(self, weight: Tensor) -> float:
+        """|w - q| / |w|."""
+        difference = self.layer.dequantize()[:, : self.width] - weight.float()
+        return round(float(difference.norm() / weight.float().norm()), 5)
 
 
 def draw(pipe: Pipeline, pictures: int) -> np.ndarray:
@@ -44,39 +55,73 @@ def draw(pipe: Pipeline, pictures: int) -> np.ndarray:
     return np.stack([np.asarray(pipe(PROMPTS[i % len(PROMPTS)], seed=i).images[0]) for i in range(pictures)])
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> list[float]:
+def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Mean and worst PSNR, and the share of values that are off by more than 2 of 255."""
     errors = ((a.astype(np.float64) - b) ** 2).mean(axis=(1, 2, 3))
-    return [round(10 * math.log10(255**2 / max(error, 1e-3)), 2) for error in errors]
+    psnr = [10 * math.log10(255**2 / max(error, 1e-3)) for error in errors]
+    return {"psnr_mean": round(sum(psnr) / len(psnr), 2), "psnr_min": round(min(psnr), 2),
+            "over_2": round(float((np.abs(a.astype(int) - b) > 2).mean()), 5)}
+
+
+def measure(model: str, pictures: int) -> dict[str, dict]:
+    pipe = Pipeline.from_pretrained(model, keep_loaded=True, prompt_cache=False)
+    before = draw(pipe, pictures)
+    results: dict[str, dict] = {}
+
+    def add(what: str, errors: dict[str, float]) -> None:
+        results[what] = {"relative_error": errors, **compare(draw(pipe, pictures), before)}
+        found = results[what]
+        print(f"{what:<26} PSNR {found['psnr_mean']:6.2f} dB, worst {found['psnr_min']:6.2f}, off by over 2 levels "
+              f"{100 * found['over_2']:.3f} %; weights {errors}", flush=True)
+
+    with pipe.components.use("transformer") as network:
+        dense = {name: getattr(network, name) for name in LAYERS}
+        for encoding in ("int8", "affine4"):
+            for changed in (LAYERS, *((name,) for name in LAYERS)):
+                errors = {}
+                for name in changed:
+                    packed = Packed(dense[name].weight.detach(), encoding)
+                    errors[name] = packed.error(dense[name].weight.detach())
+                    setattr(network, name, packed)
+                add(f"{encoding}, {'all three' if len(changed) > 1 else changed[0]}", errors)
+                for name in changed:
+                    setattr(network, name, dense[name])
+        with use_kernel("native"):
+            add("activations not rounded", {})
+        assert compare(draw(pipe, pictures), before)["psnr_min"] > 70, "the layers were not put back"
+    return results
+
+
+def copy(source: Path, out: Path, encoding: str) -> None:
+    """Write the model folder `source` with its edges in another encoding; all else goes along by hard link."""
+    place = Path("transformer", "diffusion_pytorch_model.safetensors")
+    shutil.copytree(source, out, copy_function=os.link, ignore=lambda folder, _: (
+        [place.name] if Path(folder) == source / place.parent else []))
+    with Checkpoint.open(source / place) as checkpoint:
+        tensors: dict = {name: (checkpoint.array(name), checkpoint.info(name).dtype) for name in checkpoint.names
+                         if name.rpartition(".")[0] not in checkpoint.packed}
+        tensors |= {module: checkpoint.packed_tensor(module) for module in checkpoint.packed}
+        for name in LAYERS:
+            array, dtype = tensors.pop(f"{name}.weight")
+            weight = torch.from_numpy(array.copy())
+            tensors[name] = quantize_tensor(weight.view(torch.bfloat16) if dtype == "BF16" else weight, encoding)
+        write_checkpoint(out / place, tensors)
+    for file in (source / place, out / place):
+        print(f"{file}: {file.stat().st_size:,} bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--copy", type=Path)
+    parser.add_argument("--edges", choices=("int8", "affine4"), default="int8")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
-    pipe = Pipeline.from_pretrained(given.model, keep_loaded=True)
-    before = draw(pipe, given.pictures)
-    with pipe.components.use("transformer") as network:
-        stored = {name: getattr(network, name).weight.detach().clone() for name in LAYERS}
-        results = {}
-        for bits, rounded in (("8", eight_bits), ("4", four_bits)):
-            for changed in (LAYERS, *((name,) for name in LAYERS)):
-                errors = {}
-                for name in changed:
-                    w = rounded(stored[name])
-                    errors[name] = round(float((w - stored[name].float()).norm() / stored[name].float().norm()), 5)
-                    getattr(network, name).weight = torch.nn.Parameter(w, requires_grad=False)
-                found = psnr(draw(pipe, given.pictures), before)
-                for name in changed:
-                    getattr(network, name).weight = torch.nn.Parameter(stored[name], requires_grad=False)
-                what = "all three" if len(changed) > 1 else changed[0]
-                results[f"{bits} bits, {what}"] = {
-                    "relative_error": errors, "psnr_mean": round(sum(found) / len(found), 2), "psnr_min": min(found)}
-                print(f"{bits} bits, {what:<17} PSNR {results[f'{bits} bits, {what}']['psnr_mean']:6.2f} dB, worst "
-                      f"{min(found):6.2f}; weights {errors}", flush=True)
-        same = psnr(draw(pipe, given.pictures), before)
-        assert min(same) > 70, "the layers were not put back"
+    if given.copy is not None:
+        copy(Path(given.model), given.copy, given.edges)
+        return
+    results = measure(given.model, given.pictures)
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps({"model": given.model, "pictures": given.pictures, "results": results},
