@@ -38,5 +38,9 @@ class ModelNotFoundError(LinocutError, FileNotFoundError):
     """A model name, folder or file does not exist where it was looked for."""
 
 
+class HubError(LinocutError, ConnectionError):
+    """A model could not be fetched from the hub, or not be put there."""
+
+
 class Cancelled(LinocutError):
     """The user stopped a generation. Nothing was written."""

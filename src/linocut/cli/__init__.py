@@ -22,6 +22,8 @@ from linocut.errors import Cancelled, LinocutError
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("linocut.cli.generate:command", "Draw pictures from prompts."),
     "serve": ("linocut.cli.serve:command", "Open the web studio and the HTTP API."),
+    "pull": ("linocut.cli.pull:command", "Fetch a model from the Hugging Face hub."),
+    "push": ("linocut.cli.push:command", "Put a model on the Hugging Face hub, with a model card."),
     "quantize": ("linocut.cli.quantize:command", "Turn a model folder into a binary or ternary one."),
     "convert": ("linocut.cli.convert:command", "Convert a model from and to the forms of other programs."),
     "inspect": ("linocut.cli.inspect:command", "List a model's tensors, sizes and bits per weight; verify them."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from linocut.cli import printable
+from linocut.cli._fetch import bring
 from linocut.cli._progress import Bar
 from linocut.cli._signals import sigterm_interrupts
 
@@ -34,17 +35,20 @@ def command(source: str, destination: Path, to: str, lossy: bool, ternary_type: 
             threads: int | None, as_json: bool) -> None:
     """Convert model SRC to the form of another program, or from one, in the folder DST.
 
-    SRC is a model's name, folder or Hugging Face id, or one file of a transformer; what it is, is recognized from its
-    tensors. What was written is read back and compared with the source, codes and scales bit for bit. The work can be
-    stopped at any time and leaves nothing at DST; the same command goes on where it stopped.
+    SRC is a model's name, here or on the Hugging Face hub, its folder, or one file of a transformer; what it is, is
+    recognized from its tensors. What was written is read back and compared with the source, codes and scales bit for
+    bit. The work can be stopped at any time and leaves nothing at DST; the same command goes on where it stopped.
 
     \b
     linocut convert embedded embedded-gguf --to gguf
-    linocut convert bonsai-image-ternary-4B-mlx-2bit bonsai --to linocut
+    linocut convert bonsai-ternary bonsai --to linocut --lossy
     """
     from linocut.integrations.convert import convert
     from linocut.integrations.targets import Options
+    from linocut.quantize.workplace import check_destination
 
+    check_destination(destination.expanduser().absolute(), force)  # before gigabytes are fetched
+    bring(source)
     try:
         with sigterm_interrupts(), Bar("converting") as bar:
             report = convert(source, destination, to, lossy=lossy, force=force,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from linocut.cli import printable
+from linocut.cli._fetch import bring
 from linocut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Size(click.ParamType):
 @click.option("-o", "--output", metavar="FILE", help="PNG to write; {seed} and {index} are filled in. - is stdout. "
               "Default: the prompt's words and the seed.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
-@click.option("-m", "--model", metavar="MODEL", help="embedded (default), embedded-binary, a folder, or a hub id.")
+@click.option("-m", "--model", metavar="MODEL", help="embedded (default), embedded-binary, a folder, or a name "
+              "on the Hugging Face hub (klein-4b, org/name).")
 @click.option("-W", "--width", type=int, metavar="PX", help="Width, a multiple of 32. Default: the model's.")
 @click.option("-H", "--height", type=int, metavar="PX", help="Height, a multiple of 32.")
 @click.option("--size", type=Size(), help="Both at once, such as 512x768.")
@@ -110,6 +112,7 @@ class Job:
         arguments = self._arguments_from_recipe() if self.options["from_image"] else self._arguments()
         if self.options["threads"]:
             os.environ["LINOCUT_THREADS"] = str(self.options["threads"])
+        bring(self.model)
         folder = ModelFolder.open(self.model)
         request = make_request(arguments.pop("prompt"), folder.settings, **arguments)
         outputs = self._outputs(request)

@@ -1,5 +1,6 @@
 """`linocut inspect`: what a model or a weight file holds, to the byte, and whether it is intact. Needs no torch."""
 
+import hashlib
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from linocut.cli import printable
+from linocut.cli._fetch import bring
 from linocut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,16 +82,39 @@ def _wrapped(names: Sequence[str], mark: str) -> list[str]:
 def _open(target: str) -> tuple[dict[str, Any], dict[str, "Checkpoint"]]:
     """The beginning of the report, and the checkpoints by component; a lone file is one component."""
     from linocut.formats.checkpoint import Checkpoint
-    from linocut.formats.folder import ModelFolder
+    from linocut.formats.folder import ModelFolder, from_hub
 
-    path = Path(target)
+    report: dict[str, Any]
+
+    bring(target)
+    root = from_hub(target)
+    path = Path(target) if root is None else root
+    others = _foreign(path)
+    if others:
+        report = {"name": target if root else path.resolve().name, "path": str(path), "components": {}}
+        digest = hashlib.sha256("".join(one.fingerprint() for one in others.values()).encode())
+        return report | {"hash": digest.hexdigest()[:12]}, others
     if path.is_file() or (path.is_dir() and not (path / "model_index.json").exists()):
         checkpoint = Checkpoint.open(path)
-        report: dict[str, Any] = {"name": path.resolve().name, "path": str(path), "hash": checkpoint.fingerprint()[:12]}
+        report = {"name": path.resolve().name, "path": str(path), "hash": checkpoint.fingerprint()[:12]}
         return report | {"components": {}}, {"file" if path.is_file() else path.resolve().name: checkpoint}
     folder = ModelFolder.open(target)
     report = {"name": folder.name, "path": str(folder.root), "hash": folder.hash(), "settings": folder.settings}
     return report | {"components": {}}, folder.weight_files()
+
+
+def _foreign(root: Path) -> dict[str, "Checkpoint"]:
+    """The safetensors of a folder in another program's form, by the names of their folders; empty for our own form."""
+    from linocut.formats.checkpoint import Checkpoint
+    from linocut.formats.layouts import PLACES, file_names, place_of
+
+    names = file_names(root) if root.is_dir() else set()
+    places = {part: place_of(part, names) for part in PLACES}
+    if places["transformer"] in (None, "transformer"):
+        return {}
+    found = [place for place in (*places.values(), "vae") if place]
+    return {place: Checkpoint.open(root / place) for place in found
+            if place.endswith(".safetensors") or any((root / place).glob("*.safetensors*"))}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

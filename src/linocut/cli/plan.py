@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from linocut.cli._fetch import bring
 from linocut.cli.generate import Size
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: st
     from linocut.formats.folder import ModelFolder
     from linocut.pipeline import budget, memory
 
+    bring(model)
     folder = ModelFolder.open(model)
     width, height = folder.settings["default_size"] if size is None else size
     planner, free = memory.Planner(folder), budget.available_bytes()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from linocut.cli._fetch import bring
 from linocut.cli._progress import Bar
 from linocut.cli._signals import sigterm_interrupts
 
@@ -35,16 +36,17 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
             edges: str, timestep_table: bool, force: bool, threads: int | None, as_json: bool) -> None:
     """Quantize model SRC into the folder DST.
 
-    SRC is a model folder, a Hugging Face id, a transformer's folder, or one .safetensors file of a transformer in
-    diffusers' or the original FLUX.2 naming. The work can be stopped at any time and leaves nothing at DST; the same
-    command goes on where it stopped.
+    SRC is a model folder, a name on the Hugging Face hub (klein-4b, org/name), a transformer's folder, or one
+    .safetensors file of a transformer in diffusers' or the original FLUX.2 naming. The work can be stopped at any time
+    and leaves nothing at DST; the same command goes on where it stopped.
 
     \b
-    linocut quantize black-forest-labs/FLUX.2-klein-4B klein-ternary --encoding ternary
+    linocut quantize klein-4b klein-ternary --encoding ternary
     """
     from linocut.errors import UsageError
     from linocut.quantize.policy import Policy
     from linocut.quantize.stream import quantize_folder
+    from linocut.quantize.workplace import check_destination
 
     make_table: MakeTable | None = None
     if timestep_table:
@@ -58,6 +60,8 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
         if policy is not None:
             raise UsageError("--edges adds to the preset; in a policy file write a rule of your own")
         policy = Policy.preset("flux2", encoding or "ternary").with_edges(edges)
+    check_destination(destination.expanduser().absolute(), force)  # before gigabytes are fetched
+    bring(source)
     try:
         with sigterm_interrupts(), Bar("quantizing") as bar:
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,

@@ -13,8 +13,8 @@ NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "segno": "segno"}
 
 @click.command()
 @click.option("-m", "--model", "models", multiple=True, metavar="MODEL",
-              help="A model to offer: embedded, embedded-binary, a folder, or a hub id; repeatable, the first is the "
-              "default. Default: both embedded ones.")
+              help="A model to offer: embedded, embedded-binary, a folder, or a name on the Hugging Face hub; "
+              "repeatable, the first is the default. Default: both embedded ones.")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
               help="Where to listen; 0.0.0.0 lets other devices in, who then need the token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes any free one.")
@@ -55,8 +55,12 @@ def command(models: tuple[str, ...], host: str, token: str | None, home: Path | 
                          "pip install 'linocut[serve]'")
     if token is not None and (not token.isascii() or not token.isprintable() or " " in token or len(token) < 8):
         raise UsageError("a token must be at least 8 printable ASCII characters without spaces")
+    from linocut.cli._fetch import bring
     from linocut.pipeline.device import choose
     from linocut.server.settings import Settings, default_home
+
+    for model in models:
+        bring(model)
 
     settings = Settings(home=(home or default_home()).absolute(), host=host, token=token,
                         hosts=tuple(name.lower() for name in hosts), idle_seconds=idle, most_queued=max_queue,

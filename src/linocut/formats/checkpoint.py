@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,14 +27,13 @@ from linocut.formats.header import (
     printable,
     strict_json,
 )
+from linocut.formats.layouts import INDEX_SUFFIX, STANDARD_WEIGHTS, unused_text_tensors, weight_map
 from linocut.formats.packed import PackedTensor, layout, validate_values
 from linocut.formats.writer import NUMPY_DTYPES, CheckpointWriter, WriteError, atomic_write_bytes, write_checkpoint
 
 __all__ = ["Checkpoint", "CheckpointWriter", "PackedEntry", "TensorInfo", "WriteError", "atomic_write_bytes",
            "write_checkpoint"]
 
-_STANDARD_NAMES = ("diffusion_pytorch_model", "model")
-_INDEX_SUFFIX = ".safetensors.index.json"
 _BLOCK = 1 << 24  # bytes hashed or checked at a time
 
 
@@ -86,9 +85,11 @@ class Checkpoint:
             self.metadata |= shard.header.metadata
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], taps: Sequence[int] | None = None) -> Checkpoint:
         """Open a .safetensors file, a *.safetensors.index.json, or a folder that holds either.
 
+        With `taps`, the layers of a text encoder whose outputs are used, files of an index that hold nothing else than
+        unused layers may be missing; unused tensors are then left out.
         Raises ModelNotFoundError if there is nothing, FormatError if the structure is not sound.
         """
         path = Path(path)
@@ -97,8 +98,13 @@ class Checkpoint:
         if not path.exists():
             raise ModelNotFoundError(f"{path}: no such file")
         if path.name.endswith(".json"):
-            return _open_index(cls, path)
+            return _open_index(cls, path, taps)
         return cls(path, [_Shard(path)])
+
+    def _hide(self, names: set[str]) -> None:
+        """Leave tensors out, as if no file held them."""
+        self._where = {name: shard for name, shard in self._where.items() if name not in names}
+        self.packed = {name: entry for name, entry in self.packed.items() if f"{name}.codes" not in names}
 
     @property
     def names(self) -> list[str]:
@@ -272,11 +278,10 @@ def _check_finite(array: np.ndarray, dtype: str, path: Path, name: str) -> None:
 
 
 def _find_in_folder(folder: Path) -> Path:
-    for stem in _STANDARD_NAMES:
-        for suffix in (".safetensors", _INDEX_SUFFIX):
-            if (folder / (stem + suffix)).is_file():
-                return folder / (stem + suffix)
-    found = sorted(folder.glob("*" + _INDEX_SUFFIX)) or sorted(folder.glob("*.safetensors"))
+    for name in STANDARD_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     if found:
@@ -287,29 +292,25 @@ def _find_in_folder(folder: Path) -> Path:
         f"; {pickles[0]} is a pickle, which is never opened since it could run code" if pickles else ""))
 
 
-def _open_index(cls: type[Checkpoint], path: Path) -> Checkpoint:
+def _open_index(cls: type[Checkpoint], path: Path, taps: Sequence[int] | None) -> Checkpoint:
     if path.stat().st_size > HEADER_CAP:
         raise FormatError("index is too long", path=path, expected=f"at most {HEADER_CAP} bytes",
                           found=path.stat().st_size)
-    raw = strict_json(path.read_bytes(), path, "index")
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise FormatError("index has no usable weight_map", path=path, expected="tensor name -> file name",
-                          found=type(weight_map).__name__)
-    for name, file in weight_map.items():
-        if not file.endswith(".safetensors") or file.startswith(".") or any(c in file for c in "/\\:\0"):
-            raise FormatError("index points outside its folder or at a foreign file", path=path,
-                              tensor=printable(name), expected="a plain name of a .safetensors file beside the index",
-                              found=printable(file))
-    shards = [_Shard(path.parent / file) for file in sorted(set(weight_map.values()))]
+    places = weight_map(strict_json(path.read_bytes(), path, "index"), path)
+    unused = unused_text_tensors(places, taps) if taps else set()
+    needed = {file for name, file in places.items() if name not in unused}
+    partly = any(file not in needed and not (path.parent / file).exists() for file in places.values())
+    hidden = unused if partly else set()
+    shards = [_Shard(path.parent / file) for file in sorted(needed if partly else set(places.values()))]
     checkpoint = cls(path, shards)
-    for name, file in weight_map.items():
+    for name, file in places.items():
         shard = checkpoint._where.get(name)
-        if shard is None or shard.path.name != file:
+        if name not in hidden and (shard is None or shard.path.name != file):
             raise FormatError("index and files disagree", path=path, tensor=printable(name), expected=f"in {file}",
                               found="nowhere" if shard is None else f"in {shard.path.name}")
     for name, shard in checkpoint._where.items():
-        if name not in weight_map:
+        if name not in places:
             raise FormatError("tensor is missing from the index", path=path, tensor=name, expected="in weight_map",
                               found=f"only in {shard.path.name}")
+    checkpoint._hide(hidden)
     return checkpoint

@@ -1,34 +1,31 @@
 """Model folders: one name or path in, configs and checkpoints out.
 
 A model is a folder in the Hugging Face style: `model_index.json`, `transformer/`, `text_encoder/`, `tokenizer/`,
-`vae/`, `scheduler/`. It is found by the name of an embedded model, by its path, or by a hub id such as `org/name`.
+`vae/`, `scheduler/`. It is found by the name of an embedded model, by its path, or by its name on the hub: an alias
+such as `klein-4b`, or an id such as `org/name`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from linocut.errors import FormatError, ModelNotFoundError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.header import strict_json
+from linocut.formats.hub import ALIASES, cached, hub_id
+from linocut.formats.layouts import file_names, place_of
 from linocut.formats.timestep_table import TABLE_FILE, WEIGHTS_FILE, TimestepTable, has_table
 
-__all__ = ["COMPONENTS", "EMBEDDED", "HUB_PATTERNS", "ModelFolder", "read_settings"]
+__all__ = ["COMPONENTS", "EMBEDDED", "ModelFolder", "from_hub", "read_settings"]
 
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 # name -> folder of its transformer; both share everything else
 EMBEDDED = {"embedded": "transformer", "embedded-binary": "transformer-binary"}
 VOCABULARY_FILE = "vocabulary.json"
 SETTINGS_KEY = "linocut"  # of model_index.json
-# what a model needs; a hub repository may hold much more (other formats, single files of many GB)
-HUB_PATTERNS = ("model_index.json", VOCABULARY_FILE, "transformer/*.json", "transformer/*.safetensors",
-                "text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.json", "vae/*.safetensors",
-                "scheduler/*.json")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,120})?")
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _MAX_CONFIG = 10_000_000
 _DEFAULTS: dict[str, Any] = {"text_length": 512, "text_taps": [9, 18, 27], "default_size": [1024, 1024],
@@ -50,10 +47,11 @@ class ModelFolder:
 
     @classmethod
     def open(cls, name_or_path: str | os.PathLike[str]) -> ModelFolder:
-        """Find a model: an embedded one by name, a folder by path, or a hub id `org/name[@revision]`.
+        """Find a model: an embedded one by name, a folder by path, or one on the hub by alias or `org/name[@revision]`.
 
-        A hub id is looked up in the local Hugging Face cache and downloaded if it is not there, only the needed files;
-        HF_HOME and HF_HUB_OFFLINE are honoured. Raises ModelNotFoundError in one line that lists what is possible.
+        A model that is in the local Hugging Face cache is opened without asking the network (`linocut pull` brings the
+        newest); else its needed files are fetched (`formats.fetch`). HF_HOME and HF_HUB_OFFLINE are honoured. Raises
+        ModelNotFoundError in one line that lists what is possible.
         """
         name = os.fspath(name_or_path)
         if name in EMBEDDED:
@@ -71,19 +69,30 @@ class ModelFolder:
         if path.is_file():
             raise ModelNotFoundError(f"{name}: this is a file, and a model is a folder with model_index.json; "
                                      f"{_possible()}")
-        if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
-            return cls(_from_hub(name), name)
+        if (found := hub_id(name)) is not None:
+            root = _from_hub(name)
+            if not (root / "model_index.json").is_file():
+                raise UsageError(f"{name}: {_foreign(name, 'transformer', root)}")
+            return cls(root, found[0] if found[1] == "main" else "@".join(found))
         raise ModelNotFoundError(f"no model {name!r}; {_possible()}")
 
     def path(self, component: str) -> Path:
         """Folder of a component ("transformer", "text_encoder", "tokenizer", "vae" or "scheduler")."""
         if component not in COMPONENTS:
             raise UsageError(f"unknown component {component!r} (expected one of {', '.join(COMPONENTS)})")
+        path = self._folder(component)
+        if component in ("transformer", "text_encoder") and not path.is_dir():
+            foreign = _foreign(self.name, component, self.root)
+            if foreign:
+                raise UsageError(f"{self.name}: {foreign}")
+        return path
+
+    def _folder(self, component: str) -> Path:
         return self.root / (self.transformer_dir if component == "transformer" else component)
 
     def has(self, component: str) -> bool:
         """True if the folder of this component exists."""
-        return self.path(component).is_dir()
+        return component in COMPONENTS and self._folder(component).is_dir()
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's JSON configuration (config.json; scheduler_config.json, tokenizer_config.json)."""
@@ -96,7 +105,8 @@ class ModelFolder:
 
     def checkpoint(self, component: str) -> Checkpoint:
         """The component's weights, opened by memory mapping."""
-        return Checkpoint.open(self.path(component))
+        return Checkpoint.open(self.path(component),
+                               self.settings["text_taps"] if component == "text_encoder" else None)
 
     def timestep_table(self) -> TimestepTable | None:
         """The transformer's timestep table, or None if its config names none."""
@@ -158,7 +168,8 @@ class ModelFolder:
 
 
 def _possible() -> str:
-    return f"possible are {', '.join(EMBEDDED)}, the path of a model folder, or a Hugging Face id like org/name"
+    return (f"possible are {', '.join((*EMBEDDED, *ALIASES))}, the path of a model folder, or a Hugging Face id like "
+            "org/name")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -212,43 +223,31 @@ def _integer(value: Any, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
+def from_hub(name: str) -> Path | None:
+    """Folder of a model in the hub's cache, after fetching what is missing; None if the name is not one of the hub's.
+
+    A folder or file of that name comes first. The model may be in the form of another program.
+    """
+    if not name or name in EMBEDDED or Path(name).expanduser().exists() or hub_id(name) is None:
+        return None
+    return _from_hub(name)
+
+
 def _from_hub(name: str) -> Path:
-    """Folder of a hub model in the local cache, downloading what is missing."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ModelNotFoundError(f"no model {name!r} here, and huggingface_hub is not installed to fetch it; "
-                                 f"{_possible()}") from None
-    repository, _, revision = name.partition("@")
-    try:
-        root = snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS),
-                                 ignore_patterns=[f"*/{WEIGHTS_FILE}"])
-    except Exception as error:  # the library's errors differ between versions; all mean that the model is not here
-        raise ModelNotFoundError(f"no model {name!r}: {_hub_failure(error)}; {_possible()}") from error
-    if not (Path(root) / "model_index.json").is_file():
-        raise ModelNotFoundError(f"hub repository {name!r} holds no model_index.json, so it is no model; "
-                                 f"{_possible()}")
-    return Path(root)
+    root = cached(name)
+    if root is None:
+        from linocut.formats.fetch import fetch
+
+        try:
+            root = fetch(name)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(f"no model {name!r}: {str(error).partition(': ')[2]}; {_possible()}") from error
+    return root
 
 
-# By name, since versions of the library keep them in different places; the first that fits, special before general.
-_HUB_FAILURES = {
-    "GatedRepoError": "its authors ask you to accept their terms on the hub first, then log in with 'hf auth login'",
-    "RepositoryNotFoundError": "the hub has no such repository, or it is private and you are not logged in",
-    "RevisionNotFoundError": "the hub's repository has no such revision",
-    "IncompleteSnapshotError": "offline, and only a part of it is in the cache",
-    "OfflineModeIsEnabled": "offline (HF_HUB_OFFLINE is set) and not in the cache",
-    "LocalEntryNotFoundError": "offline (the hub cannot be reached) and not in the cache",
-}
-
-
-def _hub_failure(error: Exception) -> str:
-    """Why the hub gave no model, in a few words."""
-    kinds = {kind.__name__ for kind in (*type(error).__mro__, *type(error.__cause__).__mro__)}
-    for kind, reason in _HUB_FAILURES.items():
-        if kind in kinds:
-            return reason
-    text = " ".join(str(error).split())
-    if len(text) > 160:
-        text = text[:160].rpartition(" ")[0] + " ..."
-    return f"not in the cache, and it could not be fetched ({type(error).__name__}{': ' if text else ''}{text})"
+def _foreign(name: str, component: str, root: Path) -> str:
+    """What to do with a model in the form of another program; empty if it is in none."""
+    place = place_of(component, file_names(root))
+    return "" if place is None or place == component else (
+        f"its {component} is in the form of another program ({place}), which only 'linocut convert' reads; make it "
+        f"linocut's own with 'linocut convert {name} FOLDER --to linocut', and --lossy if that says so")

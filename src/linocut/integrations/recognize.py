@@ -7,33 +7,29 @@ own tensors say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
-from linocut.formats.folder import VOCABULARY_FILE, ModelFolder, read_settings
+from linocut.formats.folder import VOCABULARY_FILE, ModelFolder, from_hub, read_settings
 from linocut.formats.gemlite import gemlite_weights, is_gemlite
 from linocut.formats.gguf import GGUFFile
 from linocut.formats.gguf_weights import gguf_weights
 from linocut.formats.header import strict_json
+from linocut.formats.layouts import CARRIED_SUFFIXES, LICENSES, PICKLES, file_names, place_of
 from linocut.formats.mlx import is_mlx, mlx_weights, quantization
 from linocut.formats.names import is_bfl
 from linocut.formats.renaming import from_bfl, from_llama, is_llama, to_bfl
 from linocut.formats.unpacked import packed_again
 from linocut.formats.weight import TensorFile, Weights, named, weights_of
-from linocut.quantize.source import flux2_config
+from linocut.quantize.source import flux2_config, with_base_model
 
 __all__ = ["Component", "Model", "open_component", "open_model"]
 
-_TRANSFORMERS = ("transformer", "transformer-packed-mflux", "transformer-gemlite-int1", "transformer-gemlite-int2")
-_TEXT_ENCODERS = ("text_encoder", "text_encoder-mlx-4bit", "text_encoder-hqq-4bit")
-_PICKLES = ("state_dict.pt", "qmodel.pt")
 _CARRIED = ("tokenizer", "vae", "scheduler")
-_CARRIED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".md")
-_LICENSES = ("LICENSE*", "NOTICE*", "COPYING*", VOCABULARY_FILE)
 _FOREIGN_KEYS = ("quantization_config", "quantization", "timestep_table")
 
 
@@ -87,16 +83,21 @@ class Model:
 
 
 def open_model(src: str | Path, exact: bool = True) -> Model:
-    """Open a model by path, by the name of an embedded one or by a hub id.
+    """Open a model by path, by the name of an embedded one, or by alias or id on the hub.
 
     Without `exact`, scales that float16 does not hold are rounded when they are read. Raises ModelNotFoundError where
     there is no model, FormatError for a file that is not sound, UsageError for what no model is made of.
     """
+    fetched = from_hub(str(src))
+    if fetched is not None:
+        model = open_model(fetched, exact)
+        model.index = with_base_model(model.index, src)
+        return model
     path = Path(src).expanduser()
     if path.is_file():
         return _from_transformer(path, open_component(path, exact), path.stem)
     if path.is_dir():
-        place = _find(path, _TRANSFORMERS, "transformer")
+        place = _find(path, "transformer")
         if place is None:
             return _from_transformer(path, open_component(path, exact), path.name)
         if (path / "model_index.json").is_file():
@@ -106,8 +107,9 @@ def open_model(src: str | Path, exact: bool = True) -> Model:
     return _from_folder(folder, folder.path("transformer"), exact)
 
 
-def open_component(place: Path, exact: bool = True, transformer: bool = True, renamed: bool = True) -> Component:
-    """Open the weights at `place`, a file or a folder, whatever their form.
+def open_component(place: Path, exact: bool = True, transformer: bool = True, renamed: bool = True,
+                   taps: Sequence[int] | None = None) -> Component:
+    """Open the weights at `place`, a file or a folder, whatever their form. `taps` as in `Checkpoint.open`.
 
     Matrices of a `transformer` are looked at for being packed ones in dense form. With `renamed`, names are those that
     linocut uses, otherwise the file's.
@@ -123,8 +125,8 @@ def open_component(place: Path, exact: bool = True, transformer: bool = True, re
         return _from_pickle(file, config, exact)
     if file is not None and file.suffix != ".safetensors":
         raise UsageError(f"{file}: not a file of weights that is read here; choose .safetensors, .gguf, or one of "
-                         f"{', '.join(_PICKLES)}")
-    checkpoint = Checkpoint.open(place)
+                         f"{', '.join(PICKLES)}")
+    checkpoint = Checkpoint.open(place, taps)
     try:
         form, weights = _from_safetensors(checkpoint, folder, config, exact, transformer, renamed)
     except BaseException:
@@ -172,8 +174,8 @@ def _from_gguf(path: Path, config: dict[str, Any], exact: bool, renamed: bool) -
 def _from_pickle(path: Path, config: dict[str, Any], exact: bool) -> Component:
     from linocut.integrations.pickles import hqq_weights, state_dict
 
-    if path.name not in _PICKLES:
-        raise UsageError(f"{path}: pickles are not opened, since they could run code; only {' and '.join(_PICKLES)} of "
+    if path.name not in PICKLES:
+        raise UsageError(f"{path}: pickles are not opened, since they could run code; only {' and '.join(PICKLES)} of "
                          "published models are, by a loader that makes nothing but tensors")
     if path.name == "qmodel.pt":
         return Component("hqq", named(path, hqq_weights(path)), config, [path], _nothing, _nothing)
@@ -191,19 +193,13 @@ def _pickle(folder: Path) -> Path | None:
     """The known pickle in a folder without safetensors, if any."""
     if any(folder.glob("*.safetensors")):
         return None
-    return next((folder / name for name in _PICKLES if (folder / name).is_file()), None)
+    return next((folder / name for name in PICKLES if (folder / name).is_file()), None)
 
 
-def _find(root: Path, folders: tuple[str, ...], stem: str) -> Path | None:
+def _find(root: Path, part: str) -> Path | None:
     """Where the weights of a part lie: a GGUF file, a file or a folder that holds some."""
-    for file in (root / f"{stem}.gguf", root / f"{stem}.safetensors"):
-        if file.is_file():
-            return file
-    for name in folders:
-        folder = root / name
-        if folder.is_dir() and (any(folder.glob("*.safetensors*")) or _pickle(folder)):
-            return folder
-    return None
+    place = place_of(part, file_names(root))
+    return None if place is None else root / place
 
 
 def _from_transformer(path: Path, transformer: Component, name: str) -> Model:
@@ -238,9 +234,9 @@ def _with_parts(root: Path, transformer: Component, index: dict[str, Any], setti
                 exact: bool) -> Model:
     _complete_config(transformer)
     model = Model(root, transformer, None, index, settings)
-    place = _find(root, _TEXT_ENCODERS, "text_encoder")
+    place = _find(root, "text_encoder")
     if place is not None:
-        model.text_encoder = open_component(place, exact, transformer=False)
+        model.text_encoder = open_component(place, exact, transformer=False, taps=settings["text_taps"])
         if model.text_encoder.form not in ("linocut", "dense"):
             model.text_encoder.weights = {name.removeprefix("model."): weight for name, weight
                                           in model.text_encoder.weights.items() if not name.startswith("lm_head")}
@@ -249,8 +245,8 @@ def _with_parts(root: Path, transformer: Component, index: dict[str, Any], setti
         folder = inner if part == "tokenizer" and not (root / part).is_dir() and inner is not None else root / part
         if folder.is_dir():
             model.carried |= {f"{part}/{file.name}": file for file in sorted(folder.iterdir())
-                              if file.is_file() and file.suffix in _CARRIED_SUFFIXES}
-    for pattern in _LICENSES:
+                              if file.is_file() and file.suffix in CARRIED_SUFFIXES}
+    for pattern in (*LICENSES, VOCABULARY_FILE):
         model.carried |= {file.name: file for file in sorted(root.glob(pattern)) if file.is_file()}
     return model
 

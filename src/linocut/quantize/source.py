@@ -16,14 +16,13 @@ from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder, read_settings
 from linocut.formats.header import strict_json
+from linocut.formats.hub import hub_id
+from linocut.formats.layouts import CARRIED_SUFFIXES, LICENSES
 from linocut.formats.names import BFLCheckpoint, open_flux2
 
 Reader = Checkpoint | BFLCheckpoint
 
 _CARRIED = ("text_encoder", "tokenizer", "vae", "scheduler")
-# Never a pickle, and never the single-file weights that hub repositories keep beside the folders.
-_CARRIED_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".md")
-_LICENSES = ("LICENSE*", "NOTICE*", "COPYING*")
 _QWEN_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -87,7 +86,7 @@ def _from_transformer(path: Path, folder: Path) -> Source:
 def _from_folder(src: str | Path, pack_text_encoder: bool) -> Source:
     folder = ModelFolder.open(src)
     source = Source(folder.root, open_flux2(folder.path("transformer")), folder.config("transformer"),
-                    dict(folder.index), folder.settings)
+                    with_base_model(folder.index, src), folder.settings)
     carried = [component for component in _CARRIED if folder.has(component)]
     if pack_text_encoder and folder.has("text_encoder"):
         text_encoder = folder.checkpoint("text_encoder")
@@ -102,11 +101,20 @@ def _from_folder(src: str | Path, pack_text_encoder: bool) -> Source:
             if component == "text_encoder" and source.text_encoder is not None and (
                     weights or file.name == "config.json"):
                 continue
-            if file.is_file() and file.suffix in _CARRIED_SUFFIXES:
+            if file.is_file() and file.suffix in CARRIED_SUFFIXES:
                 source.carried[f"{component}/{file.name}"] = file
-    for pattern in _LICENSES:
+    for pattern in LICENSES:
         source.carried |= {file.name: file for file in sorted(folder.root.glob(pattern)) if file.is_file()}
     return source
+
+
+def with_base_model(index: Mapping[str, Any], src: str | Path) -> dict[str, Any]:
+    """The index of what is made from the model `src`: it names that one, if it is one of the hub's."""
+    found = hub_id(str(src))
+    own = index.get("linocut")
+    if found is None or Path(src).expanduser().exists():
+        return dict(index)
+    return {**index, "linocut": {**(own if isinstance(own, dict) else {}), "base_model": found[0]}}
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
