@@ -58,6 +58,8 @@ class Hub:
         self.cuts: dict[str, list[int]] = {}  # end of path -> bytes after which each next answer breaks off
         self.lies: dict[str, list[bytes]] = {}  # end of path -> bytes that each next answer has instead
         self.statuses: dict[str, list[int]] = {}  # end of path -> statuses of the next answers
+        self.stalls: dict[str, list[int]] = {}  # end of path -> bytes after which each next answer waits for `go`
+        self.go = threading.Event()
         self.ranges = True
         self.listing = None  # answers instead of a repository's true list of files
         self.parents: list[str | None] = []
@@ -216,6 +218,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, headers = 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
         piece = data[first:last + 1]
         cut = self.hub.take(self.hub.cuts, path) if body else None
+        stall = self.hub.take(self.hub.stalls, path) if body else None
+        if stall is not None:
+            self._send(status, piece, headers, body=False, close=True)
+            with contextlib.suppress(OSError):  # the client may be gone
+                self.wfile.write(piece[:stall])
+                self.wfile.flush()
+                self.hub.go.wait(30)
+                self.wfile.write(piece[stall:])
+            return
         if cut is None:
             self._send(status, piece, {"Accept-Ranges": "bytes", **headers}, body)
             return
@@ -344,6 +355,7 @@ def serving(hub: Hub) -> Iterator[str]:
     try:
         yield handler.here
     finally:
+        hub.go.set()
         server.shutdown()
         server.server_close()
 

@@ -1,16 +1,14 @@
 """Finding a model by name, by path and through the hub's cache."""
 
-import functools
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import Hub, environment, serving
 from malicious import good_packed
 
 from linocut.errors import FormatError, ModelNotFoundError, UsageError
@@ -136,75 +134,20 @@ def test_a_hub_id_in_the_local_cache(tmp_path):
     assert "'org/absent': offline (the hub cannot be reached) and not in the cache; possible are" in unreachable
 
 
-def test_a_long_failure_is_cut_between_words():
-    text = folder_module._hub_failure(RuntimeError("word " * 100))
-    assert text.startswith("not in the cache, and it could not be fetched (RuntimeError: word word")
-    assert text.endswith(" word ...)")
-
-
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download of a snapshot needs."""
-
-    requested: list[str]
-
-    def __init__(self, root: Path, requested: list[str], *args) -> None:
-        self.root, self.requested = root, requested
-        super().__init__(*args)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        files = sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*") if p.is_file())
-        if path.startswith("/api/models/org/tiny"):
-            data = json.dumps({"id": "org/tiny", "sha": REVISION, "siblings": [{"rfilename": f} for f in files]}
-                              if "/tree/" not in path else
-                              [{"type": "file", "path": f, "size": (self.root / f).stat().st_size, "oid": "0" * 40}
-                               for f in files]).encode()
-            kind = "application/json"
-        elif path.startswith(f"/org/tiny/resolve/{REVISION}/"):
-            name = path.removeprefix(f"/org/tiny/resolve/{REVISION}/")
-            self.requested.append(name)
-            data, kind = (self.root / name).read_bytes(), "application/octet-stream"
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{abs(hash(path)):040x}"')
-        self.send_header("X-Repo-Commit", REVISION)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-def test_a_hub_id_is_downloaded_and_only_what_is_needed(tmp_path):
+def test_a_hub_id_is_fetched_once_and_only_what_is_needed(tmp_path):
     root = make_model(tmp_path / "served")
     (root / "flux-single-file.safetensors").write_bytes(b"x" * 1000)
     (root / "text_encoder" / "pytorch_model.bin").write_bytes(b"x")
     (root / "README.md").write_text("hello")
     (root / "tokenizer" / "tokenizer.json").write_text("{}")
-    requested: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Hub, root, requested))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        found = run_hub("org/tiny", HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address, HF_HUB_OFFLINE="0",
-                        NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert found.startswith("org/tiny 2 4 "), found
-    assert "tokenizer.json" in found
-    assert "model_index.json" in requested
-    assert not {"flux-single-file.safetensors", "text_encoder/pytorch_model.bin", "README.md"} & set(requested)
-    again = run_hub("org/tiny", HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")  # the server is gone
-    assert again == found
+    hub = Hub()
+    hub.add("org/tiny", root)
+    with serving(hub) as address:
+        found = run_hub("org/tiny", **environment(tmp_path / "home", address))
+        assert found.startswith("org/tiny 2 4 "), found
+        assert "tokenizer.json" in found
+        assert "model_index.json" in hub.fetched()
+        assert not {"flux-single-file.safetensors", "text_encoder/pytorch_model.bin", "README.md"} & set(hub.fetched())
+        before = len(hub.requests)
+        assert run_hub("org/tiny", **environment(tmp_path / "home", address)) == found
+        assert len(hub.requests) == before, "a model in the cache is opened without asking the network"

@@ -17,9 +17,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Event
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any, BinaryIO, Protocol
 
 from linocut import __version__
@@ -215,21 +215,41 @@ def download(repository: Repository, files: Sequence[RemoteFile], store: Store,
     stop = Event()
     if not missing:
         return
-    with _bar(total, on_progress) as report, quiet_library(), ThreadPoolExecutor(_THREADS) as pool:
-        pending = {pool.submit(_fetch_file, repository, file, store.place(file), done, stop): file for file in missing}
+    todo: SimpleQueue[RemoteFile] = SimpleQueue()
+    results: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def work() -> None:
+        with contextlib.suppress(Empty):
+            while not stop.is_set():
+                file = todo.get_nowait()
+                try:
+                    _fetch_file(repository, file, store.place(file), done, stop)
+                    results.put(None)
+                except BaseException as error:
+                    results.put(error)
+
+    for file in missing:
+        todo.put(file)
+    # Daemons, since a thread that waits for a silent server would hold up Ctrl-C for a minute.
+    threads = [Thread(target=work, daemon=True) for _ in range(min(_THREADS, len(missing)))]
+    with _bar(total, on_progress) as report, quiet_library():
         try:
-            while pending:
-                finished, _ = wait(pending, timeout=0.1)
-                for future in finished:
-                    pending.pop(future)
-                    future.result()
+            for thread in threads:
+                thread.start()
+            left = len(missing)
+            while left:
+                with contextlib.suppress(Empty):
+                    error = results.get(timeout=0.1)
+                    left -= 1
+                    if error is not None:
+                        raise error
                 # The largest of those under way: the names of small ones would only flicker.
-                report(sum(done.values()), total, next(iter(pending.values())).path if pending else "")
-        except BaseException:
+                report(sum(done.values()), total,
+                       next((file.path for file in missing if done[file.path] < file.size), ""))
+        finally:
             stop.set()
-            for future in pending:
-                future.cancel()
-            raise
+            for thread in threads:
+                thread.join(0.5)
 
 
 def _fetch_file(repository: Repository, file: RemoteFile, place: Path, done: dict[str, int], stop: Event) -> None:

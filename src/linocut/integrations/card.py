@@ -245,8 +245,8 @@ def read_report(path: Path) -> dict[str, Any]:
 def _scores(report: Mapping[str, Any]) -> str:
     tasks = list(dict.fromkeys(task for row in report["scores"].values() for task in row["tasks"]))
     pictures = f"{int(report['count'])} prompts x {int(report['images'])} images"
-    lines = ["## Scores", "", f"GenEval's rules, {pictures}, judged by {_plain(report['detector'])}; percent, mean of the "
-             "tasks with its standard error:", "",
+    lines = ["## Scores", "", f"GenEval's rules, {pictures}, judged by {_plain(report['detector'])}; percent, mean of "
+             "the tasks with its standard error:", "",
              "| model | " + " | ".join(_plain(task).replace("_", " ") for task in tasks) + " | mean |",
              "|---" + "|---:" * (len(tasks) + 1) + "|"]
     for label, row in report["scores"].items():
