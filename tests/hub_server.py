@@ -306,7 +306,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.hub.lock:
-            self.hub.requests.append((self.command, self.path, dict(self.headers)))
+            self.hub.requests.append((self.command, self.path, {key.title(): value for key, value in self.headers.items()}))
         return data
 
     def _path(self) -> tuple[str, dict]:

@@ -10,7 +10,6 @@ when all of its files are there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
@@ -39,11 +38,11 @@ __all__ = ["CacheStore", "FolderStore", "Store", "check", "check_room", "choose"
 
 OnProgress = Callable[[int, int, str], None]
 _THREADS = 4
-_ATTEMPTS = 3  # failures of the server in a row; lost connections are retried by the library before we hear of them
+_ATTEMPTS = 4  # connections in a row that bring nothing new
 _SPARE_DISK = 64 << 20
 _MAX_JSON = 100_000_000
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+_TRY_AGAIN = (408, 425, 429)
+_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
 class Store(Protocol):
@@ -284,78 +283,70 @@ def _fetch_file(repository: Repository, file: RemoteFile, place: Path, done: dic
 
 
 def _receive(repository: Repository, file: RemoteFile, target: BinaryIO, done: dict[str, int], stop: Event) -> None:
-    """Append the bytes that are missing at the end of `target`."""
-    def note(position: int) -> None:
-        done[file.path] = position
-        if stop.is_set():
-            raise Cancelled("interrupted")
-
+    """Append the bytes that are missing at the end of `target`, over as many connections as that takes."""
     idle = 0
     while (begun := target.seek(0, os.SEEK_END)) < file.size:
-        note(begun)
         try:
-            _http_get(repository, file, _Sink(target, note), {}, begun, file.size)
+            for position in _stream(repository, file, target, begun, file.size):
+                done[file.path] = position
+                if stop.is_set():
+                    raise Cancelled("interrupted")
         except Exception as error:
-            now = target.seek(0, os.SEEK_END)
             status = status_of(error)
-            if isinstance(error, LinocutError) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS):
-                raise
-            if status is not None and status < 500:
+            if status is not None and status < 500 and status not in _TRY_AGAIN:
                 raise HubError(f"{repository.id}/{file.path}: {failure(error)}") from error
-            if not _is_connection(error):
-                if now > file.size or isinstance(error, OSError):
-                    raise FormatError("has not the size that the hub names", path=f"{repository.id}/{file.path}",
-                                      expected=file.size, found=now, advice="run the command again") from error
+            if status is None and not _is_connection(error):
                 raise
-            idle = 0 if now > begun else idle + 1 if status else _ATTEMPTS
-            if idle >= _ATTEMPTS:
+            now = target.seek(0, os.SEEK_END)
+            idle = 0 if now > begun else idle + 1
+            if idle > _ATTEMPTS:
                 raise HubError(f"{repository.id}/{file.path}: the connection was lost with {now / 1e6:,.1f} of "
                                f"{file.size / 1e6:,.1f} MB here; run the same command again, it goes on there"
                                ) from error
-            stop.wait(1)
-    note(file.size)
+            if stop.wait(min(8.0, 0.5 * 2**idle)):
+                raise Cancelled("interrupted") from None
+        else:
+            if target.tell() < file.size:  # the server was content with less
+                break
+    found = target.seek(0, os.SEEK_END)
+    if found != file.size:
+        raise FormatError("has not the size that the hub names", path=f"{repository.id}/{file.path}",
+                          expected=file.size, found=found, advice="run the command again")
+    done[file.path] = file.size
 
 
 def _is_connection(error: BaseException) -> bool:
-    """Whether the network or the server is to blame, so that trying again makes sense."""
-    return (status_of(error) or 0) >= 500 or isinstance(error, ConnectionError | TimeoutError) or any(
+    """Whether the network is to blame, so that trying again makes sense."""
+    return isinstance(error, ConnectionError | TimeoutError) or any(
         kind.__module__.partition(".")[0] in _TRANSPORTS for kind in type(error).__mro__)
 
 
-def _http_get(repository: Repository, file: RemoteFile, sink: _Sink, headers: Mapping[str, str], begun: int,
-              expected: int) -> None:
+def _stream(repository: Repository, file: RemoteFile, target: BinaryIO, begun: int, end: int) -> Iterator[int]:
+    """Write the bytes from `begun` up to `end` of a file to `target`, which stands at `begun`; yields where it is.
+
+    If a server sends the whole file instead of a range, `target` begins anew. Bytes past `end` are not waited for.
+    """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     # The hub's own address each time and not that of its storage, which it redirects to: that one expires. The client
-    # does not pass the token on to another host.
+    # does not pass the token on to another host. Compressed on the way, a file could not be resumed by its bytes.
     url = hf_hub_url(repository.id, file.path, revision=repository.commit)
-    # Compressed on the way, a file could not be resumed by its bytes.
-    own = build_hf_headers(library_name="linocut", library_version=__version__) | {"Accept-Encoding": "identity"}
-    http_get(url, sink, resume_size=begun, headers=own | dict(headers),  # type: ignore[arg-type]
-             expected_size=expected)
-
-
-class _Sink:
-    """A file that tells how far it is written."""
-
-    def __init__(self, file: BinaryIO, note: Callable[[int], None]) -> None:
-        self._file, self._note = file, note
-
-    def write(self, data: bytes) -> int:
-        written = self._file.write(data)
-        self._note(self._file.tell())
-        return written
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def truncate(self, size: int | None = None) -> int:
-        return self._file.truncate(size)
+    headers = build_hf_headers(library_name="linocut", library_version=__version__) | {"Accept-Encoding": "identity"}
+    if begun or end < file.size:
+        headers["Range"] = f"bytes={begun}-{end - 1 if end < file.size else ''}"
+    with get_session().stream("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        if begun and response.status_code == 200:
+            target.truncate(begun := target.seek(0))
+        position = begun
+        for chunk in response.iter_bytes():
+            target.write(chunk)
+            position += len(chunk)
+            yield position
+            if position >= end:
+                return
 
 
 @contextlib.contextmanager
@@ -429,22 +420,21 @@ def check(files: Sequence[RemoteFile], store: Store, on_progress: OnProgress | N
 def read_start(repository: Repository, file: RemoteFile, store: Store, count: int) -> bytes:
     """The first bytes of a file, at most `count`, from `store` if they are there. Raises HubError."""
     count = min(count, file.size)
-    place = store.place(file)
-    for path in (place, _incomplete(place)):
-        if _size(path) >= count:
-            with open(path, "rb") as opened:
-                return opened.read(count)
+    if _is_there(file, store):
+        with open(store.place(file), "rb") as opened:
+            return opened.read(count)
     data = io.BytesIO()
-
-    def enough(position: int) -> None:
-        if position > count:  # a server that knows no ranges would send gigabytes
-            raise EOFError
-
     try:
         with quiet_library():
-            _http_get(repository, file, _Sink(data, enough), {"Range": f"bytes=0-{count - 1}"}, 0, count)
-    except EOFError:
-        pass
+            for attempt in range(_ATTEMPTS):
+                begun = data.seek(0, os.SEEK_END)
+                try:
+                    for _ in _stream(repository, file, data, begun, count):
+                        pass
+                    break
+                except Exception as error:
+                    if attempt == _ATTEMPTS - 1 or not _is_connection(error):
+                        raise
     except Exception as error:
         raise HubError(f"{repository.id}/{file.path}: {failure(error)}") from error
     return data.getvalue()[:count]
