@@ -305,8 +305,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.rfile.readline()
         else:
             data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {key.title(): value for key, value in self.headers.items()}
         with self.hub.lock:
-            self.hub.requests.append((self.command, self.path, {key.title(): value for key, value in self.headers.items()}))
+            self.hub.requests.append((self.command, self.path, headers))
         return data
 
     def _path(self) -> tuple[str, dict]:

@@ -277,8 +277,8 @@ def test_a_disk_that_is_too_small(place):
                                                                                   "transformer/config.json")]
     large = {"rfilename": WEIGHTS, "size": 10**15, "blobId": "0" * 40,
              "lfs": {"sha256": "0" * 64, "size": 10**15, "pointerSize": 1}}
-    place.hub.repos["org/tiny"].commit({"model_index.json": b"{}", "transformer/config.json": b"{}",
-                                        WEIGHTS: (2).to_bytes(8, "little") + b"{}"})
+    place.hub.add("org/tiny", {"model_index.json": b"{}", "transformer/config.json": b"{}",
+                               WEIGHTS: (2).to_bytes(8, "little") + b"{}"})
     place.hub.listing = [*listing, large]
     line = place.fails("pull", "org/tiny", "--json")
     assert "not enough room on the disk (1000000.00 GB needed" in line

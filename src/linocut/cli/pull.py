@@ -162,7 +162,7 @@ class Pull:
 def _forecast_lines(report: dict[str, Any], found: Forecast, place: Path, free_memory: int | None) -> list[str]:
     from linocut.pipeline.memory import gigabytes as show
 
-    kind = {"linocut": ", ".join(found.encodings), "dense": "dense"}.get(found.form, f"in {found.form}")
+    kind = {"linocut": ", ".join(found.encodings), "dense": "dense", "": ""}.get(found.form, f"in {found.form}")
     lines = [f"{report['repository']}, revision {report['revision']} ({report['commit'][:10]})"]
     lines += [f"  {part:<14}{show(size):>10}" + (f"   {kind}" if part == "transformer" else "")
               for part, size in report["parts"].items()]
@@ -199,4 +199,4 @@ def _next(report: dict[str, Any], name: str) -> list[str]:
         return [f'next: linocut generate "a red fox" --model {name}']
     if form == "dense":
         return [f"next: linocut quantize {name} FOLDER --encoding ternary"]
-    return [] if form is None else [f"next: linocut convert {name} FOLDER --to linocut   (--lossy if it asks for that)"]
+    return [f"next: linocut convert {name} FOLDER --to linocut   (--lossy if it asks for that)"] if form else []

@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["CacheStore", "FolderStore", "Store", "check", "check_room", "choose", "download", "fetch", "free_bytes",
-           "quiet_library", "read_start", "remaining", "take_cached"]
+           "read_start", "remaining", "take_cached"]
 
 OnProgress = Callable[[int, int, str], None]
 _THREADS = 4
@@ -231,7 +231,7 @@ def download(repository: Repository, files: Sequence[RemoteFile], store: Store,
         todo.put(file)
     # Daemons, since a thread that waits for a silent server would hold up Ctrl-C for a minute.
     threads = [Thread(target=work, daemon=True) for _ in range(min(_THREADS, len(missing)))]
-    with _bar(total, on_progress) as report, quiet_library():
+    with _bar(total, on_progress) as report:
         try:
             for thread in threads:
                 thread.start()
@@ -390,8 +390,9 @@ def _checksum(file: BinaryIO, expected: RemoteFile, stop: Event) -> str:
 
 
 def take_cached(repository: Repository, files: Sequence[RemoteFile], store: Store) -> None:
-    """Copy what is in the library's cache, so that `download` finds it there and only checks it."""
+    """Copy what is in the library's cache, and check it as if it had just been fetched."""
     cache = CacheStore(repository)
+    taken = []
     for file in files:
         place = store.place(file)
         if _is_there(file, cache) and not place.exists() and _size(_incomplete(place)) < file.size:
@@ -400,6 +401,8 @@ def take_cached(repository: Repository, files: Sequence[RemoteFile], store: Stor
                 shutil.copyfile(cache.place(file), _incomplete(place))
             except OSError as error:
                 raise WriteError(place, error) from error
+            taken.append(file)
+    download(repository, taken, store, lambda done, total, name: None)
 
 
 def check(files: Sequence[RemoteFile], store: Store, on_progress: OnProgress | None = None) -> None:
@@ -425,38 +428,17 @@ def read_start(repository: Repository, file: RemoteFile, store: Store, count: in
             return opened.read(count)
     data = io.BytesIO()
     try:
-        with quiet_library():
-            for attempt in range(_ATTEMPTS):
-                begun = data.seek(0, os.SEEK_END)
-                try:
-                    for _ in _stream(repository, file, data, begun, count):
-                        pass
-                    break
-                except Exception as error:
-                    if attempt == _ATTEMPTS - 1 or not _is_connection(error):
-                        raise
+        for attempt in range(_ATTEMPTS):
+            try:
+                for _ in _stream(repository, file, data, data.seek(0, os.SEEK_END), count):
+                    pass
+                break
+            except Exception as error:
+                if attempt == _ATTEMPTS - 1 or not _is_connection(error):
+                    raise
     except Exception as error:
         raise HubError(f"{repository.id}/{file.path}: {failure(error)}") from error
     return data.getvalue()[:count]
-
-
-# ---- what the library shows ------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def quiet_library(bars: bool = False) -> Iterator[None]:
-    """Without the library's warnings, nor its bars unless they are wanted: what happens is told by our own."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, logging
-
-    before, ours = logging.get_verbosity(), not bars and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    logging.set_verbosity_error()
-    if ours:
-        disable_progress_bars("huggingface_hub")
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if ours:
-            enable_progress_bars("huggingface_hub")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +14,7 @@ from typing import Any
 from linocut import __version__
 from linocut.errors import HubError, ModelNotFoundError, UsageError
 from linocut.formats.checkpoint import Checkpoint
-from linocut.formats.fetch import FolderStore, download, quiet_library
+from linocut.formats.fetch import FolderStore, download
 from linocut.formats.folder import ModelFolder
 from linocut.formats.hub import Repository, failure, hub_id, is_whole, look, status_of
 from linocut.formats.layouts import LICENSES, file_names, place_of
@@ -151,7 +154,7 @@ def publish(upload: Upload, *, given_card: bool = False, replace_card: bool = Fa
     operations = [CommitOperationAdd(CARD, upload.card.encode())]
     operations += [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
     try:
-        with quiet_library(bars=sys.stderr.isatty()):
+        with _quiet_library(bars=sys.stderr.isatty()):
             api.create_repo(upload.repository, private=True if private else None, exist_ok=True)
             # What was looked at is what is written over: a change in between is refused by the hub.
             done = api.create_commit(upload.repository, operations, commit_message=message or "Put the model here",
@@ -164,6 +167,29 @@ def publish(upload: Upload, *, given_card: bool = False, replace_card: bool = Fa
         raise HubError(f"{upload.repository}: {reason}") from error
     others = sorted(set(there.files) - set(upload.files) - {CARD, ".gitattributes"}) if there is not None else []
     return {"url": f"{api.endpoint}/{upload.repository}", "commit": done.oid, "also_there": others}
+
+
+@contextlib.contextmanager
+def _quiet_library(bars: bool) -> Iterator[None]:
+    """Without the library's warnings, which we say in our own words, nor its bars where nobody watches."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    before = logging.get_verbosity()
+    ours = not bars and not are_progress_bars_disabled() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    logging.set_verbosity_error()
+    if ours:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if ours:
+            enable_progress_bars()
 
 
 def _there(repository: str) -> Repository | None:

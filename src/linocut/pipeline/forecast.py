@@ -28,7 +28,8 @@ _PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 
 @dataclass(frozen=True)
 class Forecast:
-    """parts: bytes of each part of the model. form: "linocut", "dense", or the place of another program's weights.
+    """parts: bytes of each part of the model. form: "linocut", "dense", or the place of another program's weights;
+    empty if it could not be told.
 
     encodings: those of the transformer's packed weights. plan: what drawing at the model's own size takes; or None,
     and `why_not` says why there is none.
@@ -56,7 +57,12 @@ def forecast(repository: Repository, files: Sequence[RemoteFile], store: Store) 
         return Forecast(_parts(files), place, (), None, "known when it is in linocut's form")
     with TemporaryDirectory(prefix="linocut-forecast-") as temporary:
         root = Path(temporary)
-        _frame(repository, files, store, root)
+        try:
+            _frame(repository, files, store, root)
+        except OSError as error:
+            if isinstance(error, LinocutError):
+                raise
+            return Forecast(_parts(files), "", (), None, f"no room for a plan in {root.parent} ({error.strerror})")
         folder = ModelFolder(root, repository.name)
         with folder.checkpoint("transformer") as checkpoint:
             encodings = tuple(sorted({entry.encoding for entry in checkpoint.packed.values()}))
