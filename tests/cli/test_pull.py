@@ -360,6 +360,7 @@ def split_text_encoder(root: Path) -> None:
         {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}))
 
 
+@pytest.mark.slow
 def test_klein_by_its_alias_without_shards_that_nobody_uses(place, dense_model, tmp_path):
     shutil.copytree(dense_model, tmp_path / "klein")
     split_text_encoder(tmp_path / "klein")
@@ -381,6 +382,7 @@ def test_klein_by_its_alias_without_shards_that_nobody_uses(place, dense_model, 
     assert ModelFolder.open(tmp_path / "a").settings["base_model"] == "black-forest-labs/FLUX.2-klein-4B"
 
 
+@pytest.mark.slow
 def test_bonsai_by_its_alias_is_converted_first(place, tiny_model, tmp_path):
     from linocut.integrations.convert import convert
 

@@ -258,8 +258,9 @@ def _fetch_file(repository: Repository, file: RemoteFile, place: Path, done: dic
         place.parent.mkdir(parents=True, exist_ok=True)
         for again in (True, False):
             with _locked(partial, stop) as target:
-                if place.is_file() and _size(place) == file.size:
-                    return  # another process was quicker
+                if place.is_file() and _size(place) == file.size:  # another process was quicker
+                    partial.unlink()
+                    return
                 begun = target.seek(0, os.SEEK_END)
                 if begun > file.size:
                     target.truncate(begun := target.seek(0))
