@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packed_samples import assert_same
+from small_model import SMALL
 
+from linocut.cli import main
 from linocut.errors import FormatError, UsageError
 from linocut.formats import writer
 from linocut.formats.checkpoint import Checkpoint
@@ -21,11 +23,18 @@ from linocut.integrations.convert import convert
 from linocut.integrations.targets import Options
 from linocut.quantize.policy import Policy
 from linocut.quantize.stream import quantize_folder
+from linocut.models.synthetic import write_synthetic
 
 
 def weights_file(root: Path, component: str = "transformer") -> Path:
     (file,) = (root / component).glob("*.safetensors")
     return file
+
+
+def main_code(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return int(caught.value.code or 0)
 
 
 FORMS = ["linocut", "diffusers", "bfl", "gguf", "mlx", "gemlite"]
@@ -92,29 +101,23 @@ def test_what_comes_back_draws_the_same_picture(tmp_path, form, tiny_model):
 @pytest.mark.parametrize("packed_model", ["ternary"], indirect=True)
 @pytest.mark.parametrize("ternary_type", ["TQ1_0", "TQ2_0"])
 def test_ternary_types_of_two_groups(tmp_path, packed_model, ternary_type):
-    """Random scales are refused; tied ones come back."""
+    """Scales of their own are refused; those that quantization tied come back, and that they are tied is not lost."""
     kind = Options(ternary=ternary_type)
-    with pytest.raises(FormatError, match="choose Q2_0"):
+    with pytest.raises(FormatError, match="--tie-scales"):
         convert(packed_model, tmp_path / "x", "gguf", options=kind)
     assert not (tmp_path / "x").exists()
+    write_synthetic(tmp_path / "dense", SMALL, "bf16")
     tied = tmp_path / "tied"
-    shutil.copytree(packed_model, tied)
-    from linocut.formats.checkpoint import write_checkpoint
-    with Checkpoint.open(packed_model / "transformer") as source:
-        tensors = {name: (source.array(name), source.info(name).dtype) for name in source.names
-                   if name.rpartition(".")[0] not in source.packed}
-        for module in source.packed:
-            packed = source.packed_tensor(module)
-            scales = packed.scales.copy()
-            scales[:, 1::2] = scales[:, 0::2]
-            tensors[module] = type(packed)(packed.encoding, packed.shape, packed.codes, scales)
-        write_checkpoint(weights_file(tied).with_suffix(".new"), tensors)
-    weights_file(tied).with_suffix(".new").replace(weights_file(tied))
+    assert main_code("quantize", tmp_path / "dense", tied, "--encoding", "ternary", "--tie-scales") == 0
     convert(tied, tmp_path / "y", "gguf", options=kind)
     with GGUFFile(tmp_path / "y" / "transformer.gguf") as file:
-        assert {tensor.kind.name for tensor in file.tensors.values()} >= {ternary_type}
+        assert {tensor.kind.name for tensor in file.tensors.values()} == {ternary_type, "BF16"}
     convert(tmp_path / "y", tmp_path / "z", "linocut")
-    assert weights_file(tmp_path / "z").read_bytes() == weights_file(tied).read_bytes()
+    for part in ("transformer", "text_encoder"):
+        assert weights_file(tmp_path / "z", part).read_bytes() == weights_file(tied, part).read_bytes()
+        assert (tmp_path / "z" / part / "config.json").read_bytes() == (tied / part / "config.json").read_bytes()
+    convert(tied, tmp_path / "w", "linocut")
+    assert (tmp_path / "w/transformer/config.json").read_bytes() == (tied / "transformer/config.json").read_bytes()
 
 
 def test_loss_must_be_asked_for(packed_model, tmp_path):

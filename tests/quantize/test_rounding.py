@@ -116,6 +116,43 @@ def test_tied_export_is_bit_equal_to_the_training_forward(seed, encoding):
     assert np.array_equal(dequantize(packed), fake_quantize(w, encoding).numpy())
 
 
+@given(seeds, st.sampled_from(["exact", "tied"]))
+@settings(max_examples=40, deadline=None)
+def test_scales_of_two_groups_are_those_of_one_twice_as_long(seed, method):
+    """Tied ternary scales are the optimum over both groups; an odd last group is on its own."""
+    w = random_weights(seed, columns=640)
+    values, scales = quantize_ternary(w, method, groups_per_scale=2)
+    assert torch.equal(scales[:, 0:4:2], scales[:, 1:4:2])
+    alone = quantize_ternary(w[:, 512:], method)
+    assert torch.equal(values[:, 512:], alone[0])
+    assert torch.equal(scales[:, 4:], alone[1])
+    if method == "tied":
+        return
+    q = (values.float().view(3, 5, 128) * scales[..., None]).double().view(3, 640)
+    error = (q - w.double())[:, :512].view(3, 2, 256).square().sum(-1)
+    for row, pair in itertools.product(range(3), range(2)):
+        source = w[row, pair * 256 : (pair + 1) * 256].numpy()
+        slack = 3e-7 * float((source.astype(np.float64) ** 2).sum()) + 256 * (2**-25) ** 2
+        assert float(error[row, pair]) <= ternary_optimum(source) + slack
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_tied_binary_scales_are_means_of_both_groups(seed):
+    w = random_weights(seed, columns=512)
+    values, scales = quantize_binary(w, groups_per_scale=2)
+    assert torch.equal(values, quantize_binary(w)[0])
+    expected = w.double().abs().view(3, 2, 256).mean(-1).clamp(MIN_SCALE, MAX_SCALE).repeat_interleave(2, 1)
+    torch.testing.assert_close(scales.double(), expected, rtol=2**-11 + 1e-6, atol=2**-25)
+
+
+@pytest.mark.parametrize(("encoding", "most"), [("binary", 1.01), ("ternary", 1.01), ("affine4", 1.0)])
+def test_tying_costs_little_on_a_gaussian(encoding, most):
+    w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)) * 0.02
+    apart, together = (quantize_tensor(w, encoding, groups_per_scale=count) for count in (1, 2))
+    assert relative_error(w, apart) <= relative_error(w, together) <= most * relative_error(w, apart)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_row_blocks_do_not_change_the_result(encoding):
     w = torch.randn(1500, 512, generator=torch.Generator().manual_seed(2))

@@ -79,6 +79,28 @@ def test_a_model_folder_is_quantized_whole(dense_model, tmp_path, encoding):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in dense_model.iterdir())
 
 
+@pytest.mark.parametrize("encoding", ["binary", "ternary"])
+def test_scales_can_be_tied_in_pairs(dense_model, tmp_path, encoding):
+    with pytest.raises(Stop):  # a run without does not go on with what one with tied scales has begun
+        quantize_folder(dense_model, tmp_path / "out", encoding, on_progress=stop_after(4))
+    report = quantize_folder(dense_model, tmp_path / "out", encoding, tie_scales=True)
+    assert report.resumed == 0
+    plain = quantize_folder(dense_model, tmp_path / "plain", encoding)
+    assert (plain.totals("transformer")["relative_error"] < report.totals("transformer")["relative_error"]
+            < 1.05 * plain.totals("transformer")["relative_error"])
+    folder = ModelFolder.open(tmp_path / "out")
+    assert folder.config("transformer")["quantization_config"]["groups_per_scale"] == 2
+    assert "groups_per_scale" not in folder.config("text_encoder")["quantization_config"]
+    assert "groups_per_scale" not in ModelFolder.open(tmp_path / "plain").config("transformer")["quantization_config"]
+    with folder.checkpoint("transformer") as packed, Checkpoint.open(dense_model / "transformer") as dense:
+        for name in packed.packed:
+            found = packed.packed_tensor(name)
+            bits = torch.from_numpy(dense.array(f"{name}.weight")).view(torch.bfloat16)
+            assert np.array_equal(found.scales, quantize_tensor(bits, encoding, groups_per_scale=2).scales)
+            even = found.scales.shape[1] // 2 * 2
+            assert np.array_equal(found.scales[:, 0:even:2], found.scales[:, 1:even:2])
+
+
 def test_errors_in_the_report_are_those_of_the_stored_weights(dense_model, tmp_path):
     report = quantize_folder(dense_model, tmp_path / "out", "ternary")
     tensor = next(t for t in report.tensors if t.name.endswith("to_qkv_mlp_proj"))

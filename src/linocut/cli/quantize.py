@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 @click.option("--edges", type=click.Choice(["keep", "int8", "affine4"]), default="keep", show_default=True,
               help="What embeds text and latents and makes the velocity: as it is, in eight bits (24 MB less at "
               "klein's size) or in four (35 MB less, and other pictures).")
+@click.option("--tie-scales", is_flag=True, help="One scale for every 256 weights instead of 128, which GGUF's TQ1_0 "
+              "and TQ2_0 can hold; pictures are a little worse.")
 @click.option("--timestep-table", is_flag=True, help="Evaluate what depends on the noise level alone for the usual "
               "sizes and the model's number of steps, and make the weights that do it an optional file.")
 @click.option("--force", is_flag=True, help="Replace the model at DST if there is one.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Rounding threads; all cores by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(source: str, destination: Path, encoding: str | None, policy_file: Path | None, text_encoder: str,
-            edges: str, timestep_table: bool, force: bool, threads: int | None, as_json: bool) -> None:
+            edges: str, tie_scales: bool, timestep_table: bool, force: bool, threads: int | None,
+            as_json: bool) -> None:
     """Quantize model SRC into the folder DST.
 
     SRC is a model folder, a name on the Hugging Face hub (klein-4b, org/name), a transformer's folder, or one
@@ -65,7 +68,7 @@ def command(source: str, destination: Path, encoding: str | None, policy_file: P
     try:
         with sigterm_interrupts(), Bar("quantizing") as bar:
             report = quantize_folder(source, destination, encoding or "ternary", policy, text_encoder, force, threads,
-                                     bar.update, make_table)
+                                     bar.update, make_table, tie_scales)
     except KeyboardInterrupt:
         click.echo(f"stopped; nothing was written at {destination}, the same command goes on where it stopped",
                    err=True)

@@ -166,7 +166,7 @@ def _pairs(packed: PackedTensor, values: np.ndarray) -> np.ndarray:
         row, pair = np.argwhere(differ)[0]
         raise FormatError(f"groups {2 * pair} and {2 * pair + 1} of row {row} have scales of their own, and TQ1_0 and "
                           "TQ2_0 hold one for both", expected=float(scales[row, pair, 0]),
-                          found=float(scales[row, pair, 1]), advice="choose Q2_0, or quantize with tied scales")
+                          found=float(scales[row, pair, 1]), advice="choose Q2_0, or 'linocut quantize --tie-scales'")
     return np.where(used[:, :, 0], scales[:, :, 0], scales[:, :, 1])
 
 

@@ -22,6 +22,7 @@ from linocut.formats.header import strict_json
 from linocut.formats.layouts import CARRIED_SUFFIXES, LICENSES, PICKLES, file_names, place_of
 from linocut.formats.mlx import is_mlx, mlx_weights, quantization
 from linocut.formats.names import is_bfl
+from linocut.formats.packed import GROUP_SIZE
 from linocut.formats.renaming import from_bfl, from_llama, is_llama, to_bfl
 from linocut.formats.unpacked import packed_again
 from linocut.formats.weight import TensorFile, Weights, named, weights_of
@@ -38,7 +39,8 @@ class Component:
     """One network: its weights under the names that linocut uses, its config, and the form they were found in.
 
     form: "linocut", "dense", "bfl", "unpacked", "gguf", "mlx", "gemlite" or "hqq". `verify` checks its
-    files as far as they carry checksums, and that values are finite.
+    files as far as they carry checksums, and that values are finite. `groups_per_scale` is 2 where the file says that
+    neighbouring groups share their scales.
     """
 
     form: str
@@ -47,6 +49,7 @@ class Component:
     files: list[Path]
     close: Callable[[], None]
     verify: Callable[[], object]
+    groups_per_scale: int = 1
 
     @property
     def encodings(self) -> set[str]:
@@ -132,8 +135,10 @@ def open_component(place: Path, exact: bool = True, transformer: bool = True, re
     except BaseException:
         checkpoint.close()
         raise
+    own = config.get("quantization_config")
+    tied = form == "linocut" and isinstance(own, dict) and own.get("groups_per_scale") == 2
     return Component(form, named(checkpoint.path, weights), config, checkpoint.files, checkpoint.close,
-                     checkpoint.verify)
+                     checkpoint.verify, 1 + tied)
 
 
 def _from_safetensors(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any], exact: bool,
@@ -168,7 +173,8 @@ def _from_gguf(path: Path, config: dict[str, Any], exact: bool, renamed: bool) -
     except BaseException:
         file.close()
         raise
-    return Component("gguf", weights, config, [path], file.close, file.verify)
+    ternary = {tensor.kind.weights for tensor in file.tensors.values() if tensor.kind.encoding == "ternary"}
+    return Component("gguf", weights, config, [path], file.close, file.verify, 1 + (ternary == {2 * GROUP_SIZE}))
 
 
 def _from_pickle(path: Path, config: dict[str, Any], exact: bool) -> Component:

@@ -118,7 +118,7 @@ def _native(layout: Layout, component: str, file: str, source: Component) -> Non
     weights = source.weights
     entries = {name: (weight.kind, weight.matrix) for name, weight in weights.items() if weight.packed}
     _safetensors(layout, component, f"{component}/{file}", weights, native_output, {}, entries)
-    own = quantization_config(_policy(component, weights)) if entries else {}
+    own = quantization_config(_policy(component, weights), source.groups_per_scale) if entries else {}
     layout.texts[f"{component}/config.json"] = _dumps(_plain(source.config) | (
         {"quantization_config": own} if own else {}))
 

@@ -14,10 +14,14 @@ Two methods:
 - `tied` is the cheap closed form that the training forward pass uses (ternary: threshold 0.75 mean|w| with the
   least-squares scale; affine4: min/max). A trained student must be stored with it, or its weights would change.
 Binary and int8 (a scale of max|w| / 127) have one way only.
+
+With `groups_per_scale` 2, neighbouring binary or ternary groups get one scale, solved over both as if they were one
+group: what formats with a scale per 256 weights hold. The last of an odd number of groups keeps a scale of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -61,18 +65,15 @@ def round_scale(scale: Tensor) -> Tensor:
     return torch.where(scale < 2.0**-14, subnormal, normal)
 
 
-def quantize_binary(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest binary weights: values int8 [O, N] of -1/+1 and scales float32 [O, G] = mean|w| of each group."""
-    grouped = _grouped(w, GROUP_SIZE)
-    values, scales = _binary(grouped)
-    return values.to(torch.int8).view(w.shape), scales.squeeze(-1)
+def quantize_binary(w: Tensor, groups_per_scale: int = 1) -> tuple[Tensor, Tensor]:
+    """Nearest binary weights: values int8 [O, N] of -1/+1 and scales float32 [O, G] = mean|w| of each group, or of
+    `groups_per_scale` neighbours together."""
+    return _solve(w, _binary, groups_per_scale)
 
 
-def quantize_ternary(w: Tensor, method: str = "exact") -> tuple[Tensor, Tensor]:
+def quantize_ternary(w: Tensor, method: str = "exact", groups_per_scale: int = 1) -> tuple[Tensor, Tensor]:
     """Ternary weights: values int8 [O, N] of -1/0/+1 and scales float32 [O, G]; least squares if method is exact."""
-    grouped = _grouped(w, GROUP_SIZE)
-    values, scales = _ternary_exact(grouped) if _check_method(method) == "exact" else _ternary_tied(grouped)
-    return values.to(torch.int8).view(w.shape), scales.squeeze(-1)
+    return _solve(w, _ternary_exact if _check_method(method) == "exact" else _ternary_tied, groups_per_scale)
 
 
 def quantize_affine4(w: Tensor, method: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +90,13 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8).view(w.shape), scales.squeeze(-1)
 
 
-def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str | None = None) -> PackedTensor:
+def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str | None = None,
+                    groups_per_scale: int = 1) -> PackedTensor:
     """Round a weight [O, N] and pack it into the file layout, in row blocks with flat memory.
 
-    `method="tied"` stores exactly the values of `fake_quantize(w, encoding)`. `name` only serves error messages.
-    Raises FormatError for NaN or infinite weights and for an N that is no multiple of the group size.
+    `method="tied"` stores exactly the values of `fake_quantize(w, encoding)`. `groups_per_scale` has no meaning for
+    affine4 and int8. `name` only serves error messages. Raises FormatError for NaN or infinite weights and for an N that is no
+    multiple of the group size.
     """
     _check_encoding(encoding)
     _check_method(method)
@@ -108,9 +111,9 @@ def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str |
                               advice="the source is damaged or was saved from a diverged run")
         zeros = None
         if encoding == "binary":
-            values, scales = quantize_binary(block)
+            values, scales = quantize_binary(block, groups_per_scale)
         elif encoding == "ternary":
-            values, scales = quantize_ternary(block, method)
+            values, scales = quantize_ternary(block, method, groups_per_scale)
         elif encoding == "int8":
             values, scales = quantize_int8(block)
         else:
@@ -194,12 +197,32 @@ def _check_method(method: str) -> str:
     return method
 
 
-def _grouped(w: Tensor, size: int) -> Tensor:
-    """View w [O, N] as float32 groups [O, G, g]."""
+def _check_groups(w: Tensor, size: int) -> None:
     if w.ndim != 2 or w.shape[1] % size:
         raise FormatError("a packed weight is a matrix of whole groups", expected=f"[O, a multiple of {size}]",
                           found=list(w.shape), advice="leave this layer dense")
+
+
+def _grouped(w: Tensor, size: int) -> Tensor:
+    """View w [O, N] as float32 groups [O, G, g]."""
+    _check_groups(w, size)
     return w.float().reshape(w.shape[0], w.shape[1] // size, size)
+
+
+def _solve(w: Tensor, solver: Callable[[Tensor], tuple[Tensor, Tensor]],
+           groups_per_scale: int) -> tuple[Tensor, Tensor]:
+    """(values, scales) of the groups of w; as many neighbours as fit share a scale, what is left over does not."""
+    _check_groups(w, GROUP_SIZE)
+    together = GROUP_SIZE * groups_per_scale
+    even = w.shape[-1] - w.shape[-1] % together
+    parts = [(w[:, :even], together)] if even else []
+    parts += [(w[:, even:], GROUP_SIZE)] if even < w.shape[1] or not even else []
+    values, scales = [], []
+    for part, size in parts:
+        codes, scale = solver(_grouped(part, size))
+        values.append(codes.to(torch.int8).view(part.shape))
+        scales.append(scale.squeeze(-1).repeat_interleave(size // GROUP_SIZE, dim=1))
+    return (values[0], scales[0]) if len(parts) == 1 else (torch.cat(values, 1), torch.cat(scales, 1))
 
 
 def _binary(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,7 @@ class _Job:
     targets: dict[str, str]
     config: dict[str, Any]
     policy: Policy
+    groups_per_scale: int = 1
     decisions: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,7 +153,8 @@ class _Job:
                                           (TIMESTEP_WEIGHTS, f"transformer/{WEIGHTS_FILE}", True)):
             targets = {name: source for name, source in self.targets.items() if is_timestep(name) == timestep}
             decisions = {name: self.decisions[name] for name in targets}
-            parts.append(_Job(component, file, self.reader, targets, self.config, self.policy, decisions))
+            parts.append(_Job(component, file, self.reader, targets, self.config, self.policy,
+                              self.groups_per_scale, decisions))
         return parts[0], parts[1]
 
     @property
@@ -180,23 +182,26 @@ class _Job:
         return sum(self.reader.info(source).count for source in self.targets.values())
 
 
-def quantization_config(policy: Policy) -> dict[str, Any]:
+def quantization_config(policy: Policy, groups_per_scale: int = 1) -> dict[str, Any]:
     """The entry `quantization_config` of a packed component's config.json."""
-    return {"quant_method": "linocut", "format_version": FORMAT_VERSION, "group_size": GROUP_SIZE,
+    tied = {"groups_per_scale": groups_per_scale} if groups_per_scale != 1 else {}
+    return {"quant_method": "linocut", "format_version": FORMAT_VERSION, "group_size": GROUP_SIZE, **tied,
             "policy": policy.to_dict()}
 
 
 def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Policy | None = None,
                     text_encoder: str = "affine4", force: bool = False, threads: int | None = None,
-                    on_progress: OnProgress | None = None, make_table: MakeTable | None = None) -> Report:
+                    on_progress: OnProgress | None = None, make_table: MakeTable | None = None,
+                    tie_scales: bool = False) -> Report:
     """Quantize `src` (model folder, transformer folder, transformer file or hub id) into the model folder `dst`.
 
     encoding ("binary" or "ternary") with the FLUX.2 preset, or `policy` for any other choice or model. The text
     encoder becomes affine4, cut after the last layer in use, or is kept as it is; all else goes along by hard link
     or copy. `make_table` makes a timestep table (`formats.timestep_table`), and the layers that it stands for go into a
-    file of their own. on_progress(weights done, weights in all, tensor). Any exception, KeyboardInterrupt included,
-    leaves `dst` as it was and the finished tensors for the next run. Raises UsageError for a quantized source, an
-    existing `dst` without `force` and a full disk, PolicyError for a model that the policy does not fit.
+    file of their own. With `tie_scales` every two neighbouring binary or ternary groups share a scale.
+    on_progress(weights done, weights in all, tensor). Any exception, KeyboardInterrupt included, leaves `dst` as it was
+    and the finished tensors for the next run. Raises UsageError for a quantized source, an existing `dst` without
+    `force` and a full disk, PolicyError for a model that the policy does not fit.
     """
     start = time.monotonic()
     if text_encoder not in TEXT_ENCODER_CHOICES:
@@ -207,7 +212,7 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
     threads_before = torch.get_num_threads()
     try:
         check_apart(source.path, dst)
-        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None)
+        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None, 1 + tie_scales)
         with workplace(dst, _identity(source, jobs)) as work:
             check_disk(work, sum(job.nbytes for job in jobs), list(source.carried.values()))
             torch.set_num_threads(1)  # row blocks run side by side; threads inside each would only get in the way
@@ -221,9 +226,10 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
     return Report(dst, reports, time.monotonic() - start, resumed, table_nbytes)
 
 
-def _jobs(source: Source, policy: Policy, table: bool) -> list[_Job]:
+def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int) -> list[_Job]:
     transformer = _Job("transformer", "transformer/diffusion_pytorch_model.safetensors", source.transformer,
-                       {name: name for name in source.transformer.names}, source.transformer_config, policy)
+                       {name: name for name in source.transformer.names}, source.transformer_config, policy,
+                       groups_per_scale)
     if table and not any(map(is_timestep, transformer.targets)):
         raise UsageError(f"{source.path}: has none of the layers that a timestep table stands for; leave out "
                          "--timestep-table")
@@ -282,7 +288,7 @@ def _write_packed(job: _Job, name: str, stored: str, writer: CheckpointWriter, p
 
     def work(first: int) -> tuple[PackedTensor, float, float]:
         block = _tensor(array[first : first + rows], info.dtype)
-        packed = quantize_tensor(block, encoding, name=name)
+        packed = quantize_tensor(block, encoding, name=name, groups_per_scale=job.groups_per_scale)
         return packed, *squared_error(block, packed)
 
     blocks, error, energy, since = [], 0.0, 0.0, 0
@@ -342,7 +348,8 @@ def _identity(source: Source, jobs: list[_Job]) -> str:
         status = file.stat()
         files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
     facts = {"format": FORMAT_VERSION, "files": files,
-             "jobs": [[job.component, job.file, job.config, sorted(job.decisions.items())] for job in jobs]}
+             "jobs": [[job.component, job.file, job.config, job.groups_per_scale, sorted(job.decisions.items())]
+                      for job in jobs]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -366,7 +373,8 @@ def _complete(work: Path, jobs: list[_Job], source: Source, table: bool) -> None
         if job.component != TIMESTEP_WEIGHTS:
             own = {CONFIG_KEY: {"format_version": TABLE_VERSION}} if table and job.component == "transformer" else {}
             _write_json(work / job.component / "config.json",
-                        job.config | {"quantization_config": quantization_config(job.policy)} | own)
+                        job.config | {"quantization_config": quantization_config(job.policy, job.groups_per_scale)}
+                        | own)
     _write_json(work / "model_index.json", source.index)
 
 
