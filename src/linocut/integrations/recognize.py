@@ -31,6 +31,7 @@ from linocut.quantize.source import flux2_config, with_base_model
 __all__ = ["Component", "Model", "open_component", "open_model"]
 
 _CARRIED = ("tokenizer", "vae", "scheduler")
+FILLERS = "linocut.fillers"  # metadata of GGUF files: a tensor that only other programs ask for
 _FOREIGN_KEYS = ("quantization_config", "quantization", "timestep_table")
 
 
@@ -166,6 +167,8 @@ def _from_gguf(path: Path, config: dict[str, Any], exact: bool, renamed: bool) -
     file = GGUFFile(path)
     try:
         weights = named(path, gguf_weights(file, exact))
+        if renamed:
+            weights.pop(str(file.metadata.get(FILLERS)), None)
         if renamed and is_llama(list(weights)):
             weights = from_llama(weights)
         elif renamed and is_bfl(file.tensors):

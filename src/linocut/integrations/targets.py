@@ -33,7 +33,7 @@ from linocut.formats.renaming import to_bfl, to_llama
 from linocut.formats.unpacked import unpacked_output
 from linocut.formats.weight import Output, Weight, Weights, native_output
 from linocut.formats.writer import TensorWriter
-from linocut.integrations.recognize import Component, Model
+from linocut.integrations.recognize import FILLERS, Component, Model
 from linocut.quantize.policy import Policy, Rule
 from linocut.quantize.stream import quantization_config
 
@@ -42,6 +42,7 @@ __all__ = ["TARGETS", "Job", "Layout", "Options", "layout_for"]
 TARGETS = ("linocut", "diffusers", "bfl", "gguf", "mlx", "gemlite")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FORMAT = {"format": "pt"}
+_FILLER = "output_norm.weight"
 _QWEN_LAYER = re.compile(r"layers\.(\d+)\.")
 _CLASSES = {"transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -157,10 +158,15 @@ def _gguf(model: Model, layout: Layout, options: Options) -> None:
         parts["text_encoder"] = (model.text_encoder, to_llama, "qwen3")
     for component, (source, rename, architecture) in parts.items():
         renamed = rename(source.weights)
-        outputs = {name: gguf_output(name, weight, options.ternary, options.dense)
-                   for name, weight in renamed.items()}
         facts = {"general.architecture": architecture, "general.quantization_version": 2,
                  "general.name": f"{model.path.name} {component}"}
+        if component == "text_encoder" and _FILLER not in renamed:
+            # Cut off before its end, an encoder has no final norm. Programs ask for one all the same; FLUX.2's outputs
+            # lie before it.
+            renamed[_FILLER] = _constant(renamed["blk.0.attn_norm.weight"].shape, 1.0)
+            facts[FILLERS] = _FILLER
+        outputs = {name: gguf_output(name, weight, options.ternary, options.dense)
+                   for name, weight in renamed.items()}
         layout.jobs.append(Job(component, f"{component}.gguf", renamed, outputs, _gguf_writer(outputs, facts)))
         layout.texts[f"{component}/config.json"] = _dumps(_plain(source.config))
 
