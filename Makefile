@@ -3,6 +3,7 @@
 #   make demo    install, build, draw demo.png with the embedded ternary model     (MODEL=embedded-binary for binary)
 #   make test    install everything and run the tests                              (PYTEST_ARGS="tests/kernels -x")
 #   make slow    run those that take long: thousands of requests, damaged files, kills, fifty pictures
+#   make interop let stable-diffusion.cpp draw our files (installs it: a build of ten minutes and more)
 #   make lint    ruff and mypy                   make build   build the C++ module again
 #   make wheel   dist/: manylinux wheel, sdist   make clean   remove what was built; make distclean: .venv too
 
@@ -23,7 +24,7 @@ REQUIREMENTS := import sys, tomllib; extras = tomllib.load(open("pyproject.toml"
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint build wheel clean distclean
+.PHONY: help demo test slow interop lint build wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,7 +65,17 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -rs $(PYTEST_ARGS)
+
+# dashscope is wanted for a file alone: the vocabulary of Qwen.
+$(VENV)/.interop: $(VENV)/.test
+	@echo "building stable-diffusion.cpp (ten minutes and more) ..."
+	$(BIN)/python -c '$(REQUIREMENTS)' interop | $(PIP) --requirement /dev/stdin
+	$(PIP) --no-deps dashscope
+	@touch $@
+
+interop: $(VENV)/.interop
+	$(BIN)/python -m pytest -rs tests/integrations/test_sdcpp.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -76,7 +87,7 @@ wheel: $(VENV)/.test
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
-	rm -f $(VENV)/.run $(VENV)/.test
+	rm -f $(VENV)/.run $(VENV)/.test $(VENV)/.interop
 
 distclean: clean
 	rm -rf $(VENV)
