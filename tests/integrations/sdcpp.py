@@ -42,6 +42,13 @@ def draw(folder: Path, *, pictures: list[dict[str, Any]], size: tuple[int, int],
     return [np.asarray(Image.open(path).convert("RGB")) for path in paths], done.stdout + done.stderr
 
 
+def knows(kind: str) -> bool:
+    """Whether the installed build lists this type of ggml."""
+    from stable_diffusion_cpp import GGMLType
+
+    return any(member.name.endswith(f"_{kind}") for member in GGMLType)
+
+
 def main() -> None:
     from stable_diffusion_cpp import StableDiffusion
 

@@ -132,14 +132,12 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.mark.parametrize(("source", "options"), FORMS, ids=[f"{source}-{kind.ternary}-{kind.dense}"
                                                             for source, kind in FORMS])
 def test_it_draws_what_we_draw(tmp_path, sources, reference, source, options):
+    wanted = OF_LATER_BUILDS.get(source)
+    if wanted and not sdcpp.knows(wanted):
+        pytest.skip(f"this build of stable-diffusion.cpp does not know {wanted}")
     convert(sources[source], tmp_path / "gguf", "gguf", options=options, lossy=True)
-    try:
-        (theirs,), said = sdcpp.draw(tmp_path / "gguf", size=SIZE, pictures=[
-            {"prompt": PROMPT, "seed": SEED, "steps": STEPS}])
-    except sdcpp.Refused:
-        if source in OF_LATER_BUILDS:
-            pytest.skip(f"this build of stable-diffusion.cpp does not know {OF_LATER_BUILDS[source]}")
-        raise
+    (theirs,), said = sdcpp.draw(tmp_path / "gguf", size=SIZE, pictures=[
+        {"prompt": PROMPT, "seed": SEED, "steps": STEPS}])
     found = psnr(theirs, reference(source))
     print(f"{source} {options}: {found:.2f} dB")
     assert found >= LEAST
