@@ -21,9 +21,9 @@ from linocut.formats.weight import Weight
 from linocut.integrations import convert as engine
 from linocut.integrations.convert import convert
 from linocut.integrations.targets import Options
+from linocut.models.synthetic import write_synthetic
 from linocut.quantize.policy import Policy
 from linocut.quantize.stream import quantize_folder
-from linocut.models.synthetic import write_synthetic
 
 
 def weights_file(root: Path, component: str = "transformer") -> Path:

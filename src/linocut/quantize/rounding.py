@@ -95,8 +95,8 @@ def quantize_tensor(w: Tensor, encoding: str, method: str = "exact", name: str |
     """Round a weight [O, N] and pack it into the file layout, in row blocks with flat memory.
 
     `method="tied"` stores exactly the values of `fake_quantize(w, encoding)`. `groups_per_scale` has no meaning for
-    affine4 and int8. `name` only serves error messages. Raises FormatError for NaN or infinite weights and for an N that is no
-    multiple of the group size.
+    affine4 and int8. `name` only serves error messages. Raises FormatError for NaN or infinite weights and for an N
+    that is no multiple of the group size.
     """
     _check_encoding(encoding)
     _check_method(method)
