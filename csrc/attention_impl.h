@@ -52,7 +52,7 @@ void begin_products() {
         std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } const config;
-    _tile_loadconfig(&config);
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));  // gcc 12's intrinsic says that it reads eight bytes
 }
 
 void end_products() { _tile_release(); }
@@ -66,6 +66,9 @@ inline void tile(const uint32_t* a, const uint32_t* b, size_t units, const float
                 store(c + i * CStride + j, load<Vec>(c + i * CStride + j) * correction[i]);
             }
         }
+    }
+    __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read what was stored until here
+    if constexpr (Accumulate) {
         _tile_loadd(0, c, CStride * 4);
         _tile_loadd(1, c + kTile, CStride * 4);
         _tile_loadd(2, c + kTile * CStride, CStride * 4);

@@ -91,7 +91,7 @@ std::string lacking(const std::string& needed) {
         const std::string name = needed.substr(start, stop - start);
         bool found = false;
         for (const auto& feature : features) found = found || (feature.first == name && feature.second);
-        if (!found) return "this CPU lacks " + name;
+        if (!found) return (name.compare(0, 3, "amx") == 0 ? "this CPU or its system lacks " : "this CPU lacks ") + name;
         start = stop + 1;
     }
     return "";

@@ -22,6 +22,16 @@ std::size_t token_step(const Activations& x, std::size_t panels, std::size_t thr
     return std::max(kLeast, ceil_div(step, kMultiple) * kMultiple);
 }
 
+// How many of all panels a task holds, at most `most`: the slowest thread shall do least, then panels be together most.
+std::size_t panels_of_a_task(std::size_t panels, std::size_t most, std::size_t threads) {
+    std::size_t best = 1, least = ceil_div(panels, threads);
+    for (std::size_t count = 2; count <= std::min(most, ceil_div(panels, 4 * threads)); ++count) {
+        const std::size_t slowest = ceil_div(ceil_div(panels, count), threads) * count;
+        if (slowest * 20 <= least * 21) best = count, least = std::min(least, slowest);
+    }
+    return best;
+}
+
 std::vector<GemmChoice> probe() {
     const GemmVariant* const built[] = {
 #if defined(LINOCUT_X86)
@@ -67,8 +77,7 @@ void gemm(const GemmVariant& variant, const Activations& x, const Packed& w, con
     constexpr std::size_t kVisit = 64;  // tokens that meet one panel of several after the other
     const std::size_t panels = ceil_div(w.rows, variant.columns);
     const std::size_t bytes = ceil_div(variant.panel_bytes(w.encoding, w.n), 64) * 64;
-    // Panels of a task.
-    const std::size_t several = std::max<std::size_t>(1, std::min(variant.held / bytes, ceil_div(panels, 4 * threads)));
+    const std::size_t several = panels_of_a_task(panels, variant.held / bytes, threads);
     const std::size_t step = several > 1 ? x.m : token_step(x, panels, threads);
     const std::size_t visit = several > 1 ? kVisit : step;
     const std::size_t tasks = ceil_div(panels, several), cuts = ceil_div(x.m, step);

@@ -23,7 +23,7 @@ struct GemmVariant {
     std::size_t columns;     // rows of W in a panel
     // Bytes of scratch for one panel of rows of length n.
     std::size_t (*panel_bytes)(Encoding, std::size_t n);
-    // Unpacks W's rows [first, first + count), count <= columns, into `panel` (64-byte aligned). Missing rows become 0.
+    // Unpacks W's rows [first, first + count), count <= columns, into `panel` (64-byte aligned). Missing rows become anything.
     void (*unpack)(const Packed& w, std::size_t first, std::size_t count, void* panel);
     // y[token, first + c] for tokens [begin, end) and the panel's `count` rows.
     void (*multiply)(const Activations& x, std::size_t begin, std::size_t end, Encoding, const void* panel,

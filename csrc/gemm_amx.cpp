@@ -27,7 +27,7 @@ void configure(size_t tokens) {
         config.row_bytes[i] = kDepth;
         config.rows[i] = i < 2 || i > 5 ? uint8_t(tokens) : kDepth / 4;
     }
-    _tile_loadconfig(&config);
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));  // gcc 12's intrinsic says that it reads eight bytes
 }
 
 template <size_t kSize>

@@ -145,7 +145,7 @@ void* scratch(std::size_t bytes) {
         const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
         memory.reset(std::aligned_alloc(64, rounded));
         size = memory == nullptr ? 0 : rounded;
-        if (size == 0) std::abort();  // a fraction of a megabyte; there is nothing left to report with
+        if (size == 0) std::abort();  // a megabyte or two; there is nothing left to report with
     }
     return memory.get();
 }
