@@ -163,7 +163,7 @@ def test_another_prompt_and_other_noise_give_other_pictures(sources, reference):
 def test_the_recipe_of_the_documentation(sources, tmp_path):
     """The Python text of docs/interop.md, as it stands there."""
     text = (Path(__file__).parents[2] / "docs" / "interop.md").read_text(encoding="utf-8")
-    (recipe,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (recipe,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "stable_diffusion_cpp" in each)
     convert(sources["tied"], tmp_path / "for-sd", "gguf", options=Options(ternary="TQ2_0"))
     done = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, capture_output=True, text=True,
                           errors="replace")

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import struct
 import threading
 import time
 import zipfile
+import zlib
 
 import pytest
 from PIL import Image
@@ -259,3 +261,8 @@ def test_a_recipe_is_read_from_an_upload(server):
     assert server.ask("POST", "/api/recipe", data, content_type="text/html").status == 415
     bomb = server.ask("POST", "/api/recipe", encode_png(Image.new("1", (9000, 9000)), None), content_type="image/png")
     assert (bomb.status, "9000 x 9000" in bomb.sentence) == (400, True)
+    large = encode_png(Image.new("1", (9000, 9000)), None)
+    chunk = b"tEXt" + b"a\0" + struct.pack(">II", 1, 1)
+    hidden = large[:8] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + large[8:]
+    bomb = server.ask("POST", "/api/recipe", hidden, content_type="image/png")
+    assert (bomb.status, "size at its beginning" in bomb.sentence) == (400, True)

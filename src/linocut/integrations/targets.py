@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from linocut.errors import UsageError
+from linocut.errors import FormatError, UsageError
 from linocut.formats import unpacked
 from linocut.formats.checkpoint import CheckpointWriter
 from linocut.formats.gemlite import gemlite_output
@@ -163,7 +163,11 @@ def _gguf(model: Model, layout: Layout, options: Options) -> None:
         if component == "text_encoder" and _FILLER not in renamed:
             # Cut off before its end, an encoder has no final norm. Programs ask for one all the same; FLUX.2's outputs
             # lie before it.
-            renamed[_FILLER] = _constant(renamed["blk.0.attn_norm.weight"].shape, 1.0)
+            first = renamed.get("blk.0.attn_norm.weight")
+            if first is None:
+                raise FormatError("the text encoder has no first norm", path=model.path,
+                                  expected="layers.0.input_layernorm.weight", found=f"{len(renamed)} other tensors")
+            renamed[_FILLER] = _constant(first.shape, 1.0)
             facts[FILLERS] = _FILLER
         outputs = {name: gguf_output(name, weight, options.ternary, options.dense)
                    for name, weight in renamed.items()}

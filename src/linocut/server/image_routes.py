@@ -121,7 +121,9 @@ def image_routes(service: Service) -> APIRouter:
 def _check_size(png: bytes, most_pixels: int) -> None:
     """Refuse a picture whose pixels would fill the memory: they are decoded where text is looked for behind them."""
     if len(png) >= 24 and png.startswith(SIGNATURE):
-        width, height = struct.unpack_from(">II", png, 16)  # a PNG begins with its size (PNG specification 11.2.2)
+        if png[12:16] != b"IHDR":  # a PNG begins with its size (specification 11.2.2), but readers take it later too
+            raise UsageError("the uploaded file is not a PNG (expected its size at its beginning, found another chunk)")
+        width, height = struct.unpack_from(">II", png, 16)
         if width * height > most_pixels:
             raise UsageError(f"the uploaded file is too large a picture (expected at most {most_pixels} pixels, found "
                              f"{width} x {height}); linocut generate --from-image reads it")

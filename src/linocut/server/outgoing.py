@@ -29,12 +29,12 @@ class Outgoing:
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take note of an audit event; it is called for all of them, and most are of no interest."""
-        if event == "socket.connect" or event == "socket.sendto":
+        if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
             asking, address = arguments
-            if asking.family in (socket.AF_INET, socket.AF_INET6) and address != PROBE:
+            if asking.family in (socket.AF_INET, socket.AF_INET6) and address and address != PROBE:
                 self._note("connection", str(address[0]), int(address[1]))
-        elif event == "socket.getaddrinfo":
-            name, port = arguments[:2]
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+            name, port = (*arguments, None)[:2]
             if isinstance(name, bytes):
                 name = name.decode("ascii", "replace")
             if name and not _is_address(name):  # an address is looked up without asking anybody
@@ -70,8 +70,8 @@ def watch() -> Outgoing:
 def statement(calls: list[dict[str, Any]]) -> str:
     """What the calls mean, in a sentence or two."""
     if calls:
-        return ("linocut fetches models that it was told to by their hub ids, and asks the network for nothing else. "
-                "Since its start this process asked for:")
+        return ("linocut is made to fetch models that it was told to by their hub ids, and nothing else. Since its "
+                "start this process asked the network for:")
     return ("Pictures are drawn and kept on this machine. Since its start this process has looked up no name and "
             "opened no connection to another machine.")
 
