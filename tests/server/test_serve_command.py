@@ -132,12 +132,13 @@ def test_examples_use_words_that_the_embedded_models_know():
     assert [vocabulary.note(prompt) for prompt in SCENES] == [None] * len(SCENES)
 
 
-def test_no_network_call_is_observed_and_not_only_said(lan_server):
+def test_no_network_call_is_observed_and_not_only_said(lan_server, monkeypatch):
     """Of a server that draws and tells its address on the LAN; a name that is looked up would be told."""
+    monkeypatch.setitem(lan_server.headers, "authorization", f"Bearer {TOKEN}")
     assert lan_server.finished(lan_server.job())["state"] == "done"
     for path in ("/api/link", "/api/models"):
-        assert lan_server.ask("GET", path, authorization=f"Bearer {TOKEN}").status == 200
-    network = lan_server.ask("GET", "/api/system", authorization=f"Bearer {TOKEN}").json["network"]
+        assert lan_server.ask("GET", path).status == 200
+    network = lan_server.ask("GET", "/api/system").json["network"]
     assert network["calls"] == []
     assert "no connection" in network["statement"]
 
