@@ -224,7 +224,7 @@ def test_missing_files_and_folders(tmp_path):
         Checkpoint.open(tmp_path)
     for name in ("one.safetensors", "two.safetensors"):
         write_checkpoint(tmp_path / name, {"a": np.zeros(1, np.float32)})
-    with pytest.raises(FormatError, match=r"one\.safetensors, two\.safetensors"):
+    with pytest.raises(FormatError, match=r"'one\.safetensors', 'two\.safetensors'"):
         Checkpoint.open(tmp_path)
     write_checkpoint(tmp_path / "model.safetensors", {"b": np.zeros(1, np.float32)})
     assert Checkpoint.open(tmp_path).names == ["b"]

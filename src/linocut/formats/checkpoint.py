@@ -27,7 +27,7 @@ from linocut.formats.header import (
     printable,
     strict_json,
 )
-from linocut.formats.layouts import INDEX_SUFFIX, STANDARD_WEIGHTS, unused_text_tensors, weight_map
+from linocut.formats.layouts import unused_text_tensors, weight_map, weights_entry
 from linocut.formats.packed import PackedTensor, layout, validate_values
 from linocut.formats.writer import NUMPY_DTYPES, CheckpointWriter, WriteError, atomic_write_bytes, write_checkpoint
 
@@ -278,16 +278,11 @@ def _check_finite(array: np.ndarray, dtype: str, path: Path, name: str) -> None:
 
 
 def _find_in_folder(folder: Path) -> Path:
-    for name in STANDARD_WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise FormatError("folder holds several weight files", path=folder, expected="one, or an index",
-                          found=", ".join(path.name for path in found[:5]), advice="name the file itself")
-    pickles = [p.name for ext in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{ext}")]
+    inside = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    pickles = [name for name in inside if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    found = weights_entry(str(folder), [name for name in inside if name not in pickles])
+    if found is not None:
+        return folder / found
     raise ModelNotFoundError(f"{folder}: no .safetensors file" + (
         f"; {pickles[0]} is a pickle, which is never opened since it could run code" if pickles else ""))
 

@@ -116,7 +116,7 @@ def weights_entry(place: str, inside: Collection[str]) -> str | None:
         fitting = sorted(name for name in inside if name.endswith(suffix) and name not in beside)
         if len(fitting) > 1:
             raise FormatError("folder holds several weight files", path=place, expected="one, or an index",
-                              found=", ".join(map(printable, fitting[:5])))
+                              found=", ".join(map(printable, fitting[:5])), advice="name the file itself")
         if fitting:
             return fitting[0]
     return next((name for name in PICKLES if name in inside), None)
