@@ -16,7 +16,7 @@ from linocut.mlx import layers, selfcheck
 from linocut.mlx.layers import Embedding, Linear, Packed, Source, pack
 from linocut.models.synthetic import random_packed
 
-ENCODINGS = ("binary", "ternary", "affine4")
+ENCODINGS = ("binary", "ternary", "affine4", "int8")
 
 
 def some(encoding: str, shape: tuple[int, int] = (96, 768), seed: int = 0):
@@ -38,7 +38,8 @@ def expect_exact(packed) -> Packed:
 @pytest.mark.parametrize("n", [128, 640, 768, 1024])
 def test_recoding_is_exact(encoding: str, n: int) -> None:
     found = expect_exact(some(encoding, (40, n)))
-    assert (found.bits, found.group) == {"binary": (1, 128), "ternary": (2, 128), "affine4": (4, 64)}[encoding]
+    assert (found.bits, found.group) == {"binary": (1, 128), "ternary": (2, 128), "affine4": (4, 64), "int8": (8, 128)}[
+        encoding]
     assert found.words.shape == (40, n * found.bits // 32)
 
 

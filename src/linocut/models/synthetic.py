@@ -217,8 +217,8 @@ def _meta(network: Callable[..., nn.Module], config: Any, **arguments: Any) -> n
 def random_packed(rng: np.random.Generator, encoding: str, shape: tuple[int, int]) -> PackedTensor:
     """A packed matrix whose entries have a standard deviation of about N^-1/2; scales vary by a quarter."""
     o, n = shape
-    # standard deviation of the values at scale 1: of -1/+1, of uniform -1/0/+1, of a uniform code 0..15
-    spread = {"binary": 1.0, "ternary": (2 / 3) ** 0.5, "affine4": 4.61}[encoding]
+    # standard deviation of the values at scale 1: of -1/+1, of uniform -1/0/+1, of a uniform code 0..15, of -127..127
+    spread = {"binary": 1.0, "ternary": (2 / 3) ** 0.5, "affine4": 4.61, "int8": 73.6}[encoding]
     jitter = rng.uniform(0.75, 1.25, size=(o, groups(encoding, n))).astype(np.float32)
     scales = jitter * np.float32(n**-0.5 / spread)
     if encoding == "ternary":
@@ -227,6 +227,8 @@ def random_packed(rng: np.random.Generator, encoding: str, shape: tuple[int, int
         for first in range(0, o, step):
             values[first : first + step] = rng.integers(-1, 2, size=values[first : first + step].shape, dtype=np.int8)
         return pack(values, scales, encoding)
+    if encoding == "int8":
+        return pack(rng.integers(-127, 128, size=shape, dtype=np.int8), scales, encoding)
     codes = rng.integers(0, 256, size=(o, row_bytes(encoding, n)), dtype=np.uint8)
     zeros = None
     if encoding == "affine4":  # 7 and 8, so that codes are centred
