@@ -119,6 +119,14 @@ def test_a_card_edited_on_the_hub_is_kept(place, tmp_path):
     assert is_ours(place.there["README.md"].decode())
 
 
+@pytest.mark.parametrize(("status", "words"), [(500, "trouble of its own"), (429, "left alone for a while")])
+def test_a_hub_that_does_not_say_what_is_there_is_not_written_to(place, status, words):
+    place.hub.add("me/tiny", {"README.md": b"# Mine\n"})
+    place.hub.statuses = {"/me/tiny/revision/main": [status] * 9}
+    assert words in place.refused()
+    assert place.written() == []
+
+
 def test_a_card_edited_here_is_kept(place):
     (place.model / "README.md").write_text("# My own words\n")
     line = place.refused()

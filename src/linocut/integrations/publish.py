@@ -195,8 +195,13 @@ def _quiet_library(bars: bool) -> Iterator[None]:
 def _there(repository: str) -> Repository | None:
     try:
         return look(repository)
-    except ModelNotFoundError:
-        return None  # none yet, or it cannot be reached: making it will tell
+    except ModelNotFoundError as error:
+        cause = error.__cause__ or error
+        if type(cause).__name__ == "RepositoryNotFoundError":
+            return None  # none yet, or it is not this user's: making it will tell
+        # All else leaves open whether there is a card that must not be lost.
+        reason = failure(cause, "it could not be looked at").replace(" and not in the cache", "")
+        raise HubError(f"{repository}: {reason}") from error
 
 
 def _check_card(there: Repository) -> None:
