@@ -241,6 +241,7 @@ GATED = "org/gated/model_index.json: its authors ask you to accept their terms o
     ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "org/tiny: offline (the hub cannot be reached)"),
     ("org/other", {}, "org/other: no model in a form that is known (expected transformer/ with .safetensors files, "
                       "found 'config.json', 'pytorch_model.bin')"),
+    ("org/part", {}, "org/part: no model: transformer/ is there, but not the model_index.json that says"),
     ("nonsense", {}, "'nonsense' is no name on the hub (expected org/name, org/name@revision, or one of klein-4b"),
     ("org/broken", {}, "org/broken: the hub has trouble of its own (status 500); try again later"),
 ])
@@ -248,6 +249,7 @@ def test_what_cannot_be_had_is_one_line(place, name, more, words):
     place.hub.add("org/gated", {"model_index.json": b"{}", "transformer/model.safetensors": b"x"}, gated=True)
     place.hub.add("org/secret", {"model_index.json": b"{}"}, private=True)
     place.hub.add("org/other", {"pytorch_model.bin": b"x", "config.json": b"{}"})
+    place.hub.add("org/part", {WEIGHTS: b"x" * 3000, "transformer/config.json": b"{}"})
     place.hub.statuses = {"/org/broken/revision/main": [500] * 9}
     assert words in place.fails("pull", name, **more)
     assert not list(place.home.rglob("*.safetensors"))

@@ -90,7 +90,11 @@ def test_what_is_no_model_is_said():
     with pytest.raises(UsageError, match=r"found 'a', 'b', 'c', 'd' and 1 more"):
         needed_files(list("abcde"), TAPS, pytest.fail)
     with pytest.raises(FormatError, match="several weight files"):
-        needed_files(["transformer/a.safetensors", "transformer/b.safetensors"], TAPS, pytest.fail)
+        needed_files(["model_index.json", "transformer/a.safetensors", "transformer/b.safetensors"], TAPS, pytest.fail)
+    for more in ([], ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]):
+        with pytest.raises(UsageError, match=r"but not the model_index.json .* found 'transformer/config.json'"):
+            needed_files(["transformer/config.json", "transformer/model.safetensors.index.json", *more], TAPS,
+                         pytest.fail)
     with pytest.raises(FormatError, match="outside its folder"):
         needed_files(KLEIN, TAPS, lambda name: {"weight_map": {"a": "../../x.safetensors"}})
 

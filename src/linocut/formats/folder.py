@@ -72,7 +72,8 @@ class ModelFolder:
         if (found := hub_id(name)) is not None:
             root = _from_hub(name)
             if not (root / "model_index.json").is_file():
-                raise UsageError(f"{name}: {_foreign(name, 'transformer', root)}")
+                raise UsageError(f"{name}: " + (_foreign(name, "transformer", root)
+                                                or "holds no model_index.json, so it is no model"))
             return cls(root, found[0] if found[1] == "main" else "@".join(found))
         raise ModelNotFoundError(f"no model {name!r}; {_possible()}")
 

@@ -65,7 +65,7 @@ def needed_files(names: Collection[str], taps: Sequence[int], read: ReadJson, op
         read: gives the content of an index (`....safetensors.index.json`) by its name.
         optional: also files that a model works without (`transformer/timestep_weights.safetensors`).
     Files that an index asks for are listed whether they are among `names` or not. Raises UsageError if there is no
-    model among `names`, FormatError for an index that cannot be used.
+    model among `names` (a lone transformer is none), FormatError for an index that cannot be used.
     """
     found: dict[str, None] = {}
     for part in ("transformer", "text_encoder"):
@@ -73,6 +73,9 @@ def needed_files(names: Collection[str], taps: Sequence[int], read: ReadJson, op
         if place is None and part == "transformer":
             raise UsageError(f"no model in a form that is known (expected transformer/ with .safetensors files, found "
                              f"{_listed(names)})")
+        if place == "transformer" and _ROOT_FILES[0] not in names:
+            raise UsageError("no model: transformer/ is there, but not the model_index.json that says what belongs to "
+                             f"it (expected a whole model's repository or folder, found {_listed(names)})")
         if place is not None:
             found |= dict.fromkeys(_part(part, place, names, taps, read, optional))
     found |= dict.fromkeys(_part("vae", "vae", names, taps, read, False))
