@@ -7,7 +7,7 @@ import pytest
 
 from linocut.errors import FormatError, ModelNotFoundError, UsageError
 from linocut.formats.checkpoint import Checkpoint, write_checkpoint
-from linocut.formats.hub import ALIASES, failure, hub_id
+from linocut.formats.hub import ALIASES, failure, hub_id, is_whole
 from linocut.formats.layouts import needed_files, place_of, unused_text_tensors
 
 TOKENIZER = ["tokenizer/merges.txt", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
@@ -77,8 +77,19 @@ def test_forms_of_other_programs():
     assert place_of("transformer", gguf) == "transformer.gguf"
 
 
+def test_a_tokenizer_inside_the_text_encoder_counts(tmp_path):
+    for name in GEMLITE:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    listed = dict.fromkeys(("text_encoder", "tokenizer", "vae"), ["x", "X"])
+    (tmp_path / "model_index.json").write_text(json.dumps(listed))
+    assert is_whole(tmp_path)
+    (tmp_path / "text_encoder-hqq-4bit/tokenizer/tokenizer.json").unlink()
+    assert not is_whole(tmp_path)
+
+
 def test_weights_come_once_and_optional_files_if_asked():
-    more = ["transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/timestep_table.safetensors",
+    more = ["LICENSES/a.bin", "transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/timestep_table.safetensors",
             "transformer/timestep_weights.safetensors", "vae/model.safetensors", "transformer/x.bin"]
     needed = needed_files([*KLEIN, *more], TAPS, lambda name: index(35))
     assert [name for name in needed if name in more] == ["transformer/timestep_table.safetensors"]

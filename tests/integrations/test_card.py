@@ -14,6 +14,7 @@ from linocut.integrations.publish import prepare
 
 def test_the_recipe_comes_from_the_quantization_config(packed_model, tmp_path):
     convert(packed_model, tmp_path / "own", "linocut")
+    (tmp_path / "own" / "LICENSES").mkdir()
     card = prepare(tmp_path / "own", "me/model", license="mit").card
     data = ModelCard(card).data
     encoding = json.loads((tmp_path / "own/transformer/config.json").read_text())["quantization_config"]["policy"]

@@ -142,6 +142,8 @@ def is_whole(root: Path) -> bool:
     except (LinocutError, OSError):
         return False
     parts = {name.partition("/")[0].partition("-")[0] for name in needed}
+    if any("/tokenizer/" in name for name in needed):  # inside the text encoder's folder
+        parts.add("tokenizer")
     listed = {part for part in ("text_encoder", "tokenizer", "vae") if index.get(part)}
     return set(needed) <= names and listed <= {part.partition(".")[0] for part in parts}
 

@@ -84,7 +84,8 @@ def needed_files(names: Collection[str], taps: Sequence[int], read: ReadJson, op
     for folder, suffixes in ((tokenizer, (".json", ".txt", ".jinja")), ("scheduler", (".json",))):
         found |= dict.fromkeys(f"{folder}/{name}" for name in sorted(_inside(folder, names)) if name.endswith(suffixes))
     patterns = (*_ROOT_FILES, *LICENSES)
-    found |= dict.fromkeys(name for name in sorted(names) if any(fnmatchcase(name, each) for each in patterns))
+    found |= dict.fromkeys(name for name in sorted(names) if "/" not in name  # which * would match
+                           and any(fnmatchcase(name, each) for each in patterns))
     return list(found)
 
 

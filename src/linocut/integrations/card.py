@@ -100,7 +100,7 @@ def facts_of(root: Path, parts: Sequence[Part], index: Mapping[str, Any], settin
 
 def _license(root: Path) -> tuple[str, str]:
     """(id, file) of the licence that lies with a model; empty if there is none, "other" for one that is not known."""
-    for path in sorted(root.glob("LICENSE*")):
+    for path in sorted(path for path in root.glob("LICENSE*") if path.is_file()):
         text = path.read_text(encoding="utf-8", errors="replace")[:4000]
         return next((known for known, words in _LICENSE_TEXTS if re.search(words, text)), "other"), path.name
     return "", ""
