@@ -15,6 +15,7 @@ from linocut.formats.mlx import mlx_output
 from linocut.formats.packed import PackedTensor, dequantize
 from linocut.formats.weight import to_bfloat16, weights_of
 from linocut.integrations.convert import convert
+from linocut.integrations.publish import prepare
 from linocut.integrations.recognize import open_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -130,6 +131,8 @@ def test_gemlite_release(packed_model, tmp_path):
     shutil.copytree(packed_model / "tokenizer", target / "text_encoder-hqq-4bit" / "tokenizer")
     with pytest.raises(UsageError, match="no whole zero points"):
         convert(target, tmp_path / "x", "linocut")
+    with pytest.raises(UsageError, match=rf"found text_encoder-hqq-4bit/qmodel.pt, {place.name}/state_dict.pt\); convert it first"):
+        prepare(target, "me/model")  # a push never takes pickles
     report = check(target, tmp_path / "x", weights)
     assert report.source_form == "gemlite"
     assert all(loss.endswith("four-bit weights rounded again") for loss in report.losses)

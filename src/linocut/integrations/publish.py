@@ -60,7 +60,8 @@ def prepare(root: Path, repository: str, *, card: Path | None = None, replace_ca
 
     Every tensor is checked against its SHA-256 where there is one, and its values. `card` is a file to take as the
     card; without it one is written, unless the folder holds one that was not written here or was edited. Raises
-    UsageError for that and for a folder that holds no whole model, FormatError for a damaged one.
+    UsageError for that, for a folder that holds no whole model, and for weights that are not taken (pickles);
+    FormatError for a damaged one.
     """
     found = hub_id(repository)
     if found is None or "@" in repository or found[0] != repository:
@@ -70,7 +71,7 @@ def prepare(root: Path, repository: str, *, card: Path | None = None, replace_ca
     if not is_whole(root):
         raise UsageError(f"{root}: holds no whole model (expected model_index.json, transformer, text_encoder, "
                          "tokenizer and vae as the index lists them)")
-    parts, facts_from, verified = _networks(root, verify)
+    parts, facts_from, weights, verified = _networks(root, verify)
     facts = facts_of(root, parts, *facts_from, base_model=base_model, license=license)
     upload = Upload(root, repository, _card(root, repository, facts, card, replace_card, report), facts,
                     verified=verified)
@@ -82,12 +83,17 @@ def prepare(root: Path, repository: str, *, card: Path | None = None, replace_ca
             upload.left_out.append(name)
         else:
             upload.files[name] = path
+    behind = sorted(path.relative_to(root).as_posix() for path in set(weights) - set(upload.files.values()))
+    if behind:
+        raise UsageError(f"{root}: weights would not be taken along (expected .safetensors or .gguf files, found "
+                         f"{', '.join(behind)}); convert it first: linocut convert {root} FOLDER --to linocut")
     return upload
 
 
-def _networks(root: Path, verify: bool) -> tuple[list[Part], tuple[Any, Any, Any], int]:
-    """The networks of a folder in any form; (index, settings, metadata); and the number of tensors verified."""
-    parts, verified = [], 0
+def _networks(root: Path, verify: bool) -> tuple[list[Part], tuple[Any, Any, Any], list[Path], int]:
+    """The networks of a folder in any form; (index, settings, metadata); their files; the number of tensors verified.
+    """
+    parts, files, verified = [], list[Path](), 0
     if place_of("transformer", file_names(root)) == "transformer":
         folder = ModelFolder.open(root)
         index, settings = folder.index, folder.settings
@@ -96,15 +102,17 @@ def _networks(root: Path, verify: bool) -> tuple[list[Part], tuple[Any, Any, Any
             with checkpoint:
                 form = "linocut" if checkpoint.packed else "dense"
                 parts.append(Part.of(name, form, weights_of(checkpoint), checkpoint.files))
+                files += checkpoint.files
                 metadata = metadata or dict(checkpoint.metadata)
                 if verify:
                     checkpoint.verify()
                     verified += len(checkpoint)
-        return parts, (index, settings, metadata), verified
+        return parts, (index, settings, metadata), files, verified
     model = open_model(root)
     try:
         for name, component in model.components.items():
             parts.append(Part.of(name, component.form, component.weights, component.files))
+            files += component.files
             if verify:
                 component.verify()
                 verified += len(component.weights)
@@ -112,8 +120,9 @@ def _networks(root: Path, verify: bool) -> tuple[list[Part], tuple[Any, Any, Any
         model.close()
     with Checkpoint.open(root / "vae") as checkpoint:
         parts.append(Part.of("vae", "dense", weights_of(checkpoint), checkpoint.files))
+        files += checkpoint.files
         verified += len(checkpoint) if verify and checkpoint.verify() >= 0 else 0
-    return parts, (model.index, model.settings, {}), verified
+    return parts, (model.index, model.settings, {}), files, verified
 
 
 def _is_taken(path: Path) -> bool:
