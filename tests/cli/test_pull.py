@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, Hub, environment, git_sha, linocut_program, serving
+from hub_server import TOKEN, Hub, environment, git_sha, linocut_program, serving, tree_entry
 
 from linocut.formats.checkpoint import Checkpoint, write_checkpoint
 from linocut.formats.folder import ModelFolder
@@ -311,6 +311,37 @@ def test_a_plain_folder(place, tiny_model, tmp_path):
     same(tmp_path / "here", tiny_model)
     again = [path for method, path, _ in place.hub.requests[before:] if "/storage/" in path]
     assert again == [], "weights in the cache are not fetched again"
+
+
+def test_what_a_folder_would_take_is_what_it_takes(place, tiny_model, tmp_path):
+    def foretold(*options: str) -> int:
+        done = place.run("pull", "org/tiny", "--to", tmp_path / "here", "--dry-run", "--json", *options)
+        return json.loads(done.stdout)["missing_bytes"]
+
+    shutil.copytree(tiny_model, tmp_path / "here")  # is to be replaced, so nothing of it counts
+    everything = sum(path.stat().st_size for path in tiny_model.rglob("*") if path.is_file())
+    assert foretold() == everything
+    place.hub.statuses = {WEIGHTS: [404] * 9}
+    place.fails("pull", "org/tiny", "--to", tmp_path / "here", "--force")
+    place.hub.statuses = {}
+    begun = foretold()
+    assert 0 < begun < everything
+    assert foretold("--optional") == everything, "begun for another choice of files"
+    assert place.run("pull", "org/tiny").returncode == 0
+    assert foretold() == 0, "the cache has the rest"
+
+
+def test_nothing_is_copied_to_a_disk_that_is_too_small(place, tmp_path):
+    assert place.run("pull", "org/tiny").returncode == 0
+    repo = place.hub.repos["org/tiny"]
+    place.hub.listing = [{"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+                         | ({"lfs": entry["lfs"] | {"sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {})
+                         for entry in map(tree_entry, repo.commits[repo.refs["main"]].items())]
+    weights = next(entry for entry in place.hub.listing if entry["rfilename"] == WEIGHTS)
+    weights["size"] = 10**15
+    done = place.run("pull", "org/tiny", "--to", tmp_path / "here")
+    assert "not enough room on the disk (1000000.0" in done.stderr
+    assert not list((tmp_path / ".here.partial").rglob("*.safetensors"))
 
 
 def test_revisions(place, tiny_model):

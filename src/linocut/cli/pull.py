@@ -70,12 +70,18 @@ class Pull:
         from tempfile import TemporaryDirectory
 
         from linocut.formats import fetch, hub
+        from linocut.quantize.workplace import begun
 
         repository = hub.look(self.name)
+        cache = fetch.CacheStore(repository)
         with TemporaryDirectory(prefix="linocut-pull-") as temporary:
             configs = fetch.FolderStore(Path(temporary))
             wanted = fetch.choose(repository, configs, self.optional)
-            return self._forecast(repository, wanted, configs, self._store(repository))
+            if self.destination is None:
+                return self._forecast(repository, wanted, configs, fetch.remaining(cache, wanted), cache.root)
+            work = begun(self.destination, self._identity(repository)) or Path(temporary, "nothing")
+            left = fetch.remaining(fetch.FolderStore(work), wanted, cache)
+            return self._forecast(repository, wanted, configs, left, self.destination)
 
     def run(self, force: bool) -> dict[str, Any]:
         from linocut.formats import fetch, hub
@@ -94,14 +100,15 @@ class Pull:
         with ExitStack() as stack:
             store: fetch.Store = fetch.CacheStore(repository)
             if self.destination is not None:
-                work = stack.enter_context(workplace(self.destination, f"{repository.id} {repository.commit}"))
+                work = stack.enter_context(workplace(self.destination, self._identity(repository)))
                 store = fetch.FolderStore(work)
             stack.enter_context(sigterm_interrupts())
             wanted = fetch.choose(repository, store, self.optional)
             if self.destination is not None:
+                fetch.check_room(store, wanted)  # copies take room, too
                 fetch.take_cached(repository, wanted, store)
             missing = fetch.remaining(store, wanted)
-            report = self._forecast(repository, wanted, store, store)
+            report = self._forecast(repository, wanted, store, missing, self.destination or store.root)
             fetch.check_room(store, wanted)
             with Bar("fetching") as bar:
                 fetch.download(repository, wanted, store, bar.update)
@@ -116,21 +123,19 @@ class Pull:
                 report["path"] = str(self.destination)
         return report
 
-    def _store(self, repository: Repository) -> Store:
-        from linocut.formats import fetch
+    def _identity(self, repository: Repository) -> str:
+        """What a folder under way is for: another choice of files begins anew."""
+        return f"{repository.id} {repository.commit}{' with optional files' if self.optional else ''}"
 
-        return fetch.CacheStore(repository) if self.destination is None else fetch.FolderStore(self.destination)
-
-    def _forecast(self, repository: Repository, wanted: list[RemoteFile], configs: Store,
-                  store: Store) -> dict[str, Any]:
-        """What it will take: shown, and as the beginning of the report."""
+    def _forecast(self, repository: Repository, wanted: list[RemoteFile], configs: Store, left: int,
+                  place: Path) -> dict[str, Any]:
+        """What it will take, with `left` bytes to fetch to `place`: shown, and as the beginning of the report."""
         from linocut.formats import fetch
         from linocut.pipeline.budget import available_bytes
         from linocut.pipeline.forecast import forecast
 
-        left = fetch.remaining(store, wanted)
         found = forecast(repository, wanted, configs)
-        free = fetch.free_bytes(store)
+        free = fetch.free_bytes(place)
         report = {"name": self.name, "repository": repository.id, "revision": repository.revision,
                   "commit": repository.commit, "bytes": sum(file.size for file in wanted), "missing_bytes": left,
                   "free_bytes": free, "left_out_bytes": sum(file.size for file in repository.files.values()) - sum(
@@ -138,7 +143,6 @@ class Pull:
                   "files": [{"path": file.path, "size": file.size, "sha256": file.sha256, "git": file.blob}
                             for file in wanted], **found.to_dict()}
         if not self.quiet:
-            place = self.destination or store.root
             for line in _forecast_lines(report, found, place.parent, available_bytes()):
                 click.echo(printable(line))
         return report

@@ -174,16 +174,15 @@ def _is_there(file: RemoteFile, store: Store) -> bool:
     return place.is_file() and _size(place) == file.size
 
 
-def remaining(store: Store, files: Sequence[RemoteFile]) -> int:
-    """Bytes that are still to be fetched."""
+def remaining(store: Store, files: Sequence[RemoteFile], cache: Store | None = None) -> int:
+    """Bytes that are still to be fetched; with `cache`, without those that `take_cached` would copy from it."""
     once = {store.place(file): file for file in files}.values()
     return sum(file.size - min(file.size, _size(_incomplete(store.place(file))))
-               for file in once if not _is_there(file, store))
+               for file in once if not _is_there(file, store) and not (cache and _is_there(file, cache)))
 
 
-def free_bytes(store: Store) -> int:
-    """Free bytes of the disk that the files will lie on."""
-    place = store.root
+def free_bytes(place: Path) -> int:
+    """Free bytes of the disk that a folder lies on, or will lie on."""
     while not place.is_dir() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
@@ -192,7 +191,7 @@ def free_bytes(store: Store) -> int:
 def check_room(store: Store, files: Sequence[RemoteFile]) -> None:
     """Raise UsageError if the disk cannot hold what is still to be fetched."""
     needed = remaining(store, files)
-    free = free_bytes(store)
+    free = free_bytes(store.root)
     if needed and free < needed + _SPARE_DISK:
         raise UsageError(f"{store.root.parent}: not enough room on the disk ({needed / 1e9:.2f} GB needed, "
                          f"{free / 1e9:.2f} GB free); free some, or choose another place with HF_HOME or --to")

@@ -64,6 +64,13 @@ def workplace(dst: Path, identity: str) -> Iterator[Path]:
         raise WriteError(dst, error) from error
 
 
+def begun(dst: Path, identity: str) -> Path | None:
+    """The folder that `workplace` would go on with, or None if it would begin with an empty one."""
+    work = dst.with_name(f".{dst.name}.partial")
+    marker = work / _IDENTITY
+    return work if marker.is_file() and marker.read_text(encoding="utf-8") == identity else None
+
+
 def _empty(work: Path) -> None:
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
