@@ -133,6 +133,16 @@ def test_a_cut_connection_goes_on_at_the_byte(place, tiny_model):
     assert place.begun(WEIGHTS)[-2:] == [700_000, 700_005]
 
 
+def test_a_header_is_asked_for_again_only_where_that_may_help(place):
+    place.hub.statuses = {f"/resolve/{place.hub.repos['org/tiny'].refs['main']}/{WEIGHTS}": [404] * 9}
+    assert "404 Not Found" in place.fails("pull", "org/tiny", "--dry-run")
+    assert place.hub.fetched().count(WEIGHTS) == 1
+    place.hub.requests.clear()
+    place.hub.statuses = {f"/{WEIGHTS}": [503, 429]}
+    assert place.run("pull", "org/tiny", "--dry-run").returncode == 0
+    assert place.hub.fetched().count(WEIGHTS) == 3
+
+
 def test_a_server_that_knows_no_ranges(place, tiny_model):
     place.hub.ranges, place.hub.cuts = False, {WEIGHTS: [300_000, 700_000]}
     done = place.run("pull", "org/tiny")
@@ -365,12 +375,24 @@ def test_a_private_repository_and_its_storage(place, tiny_model):
 
 
 def test_two_at_a_time_share_the_work(place, tiny_model):
-    command = [sys.executable, "-m", "linocut", "pull", "org/tiny"]
-    both = [subprocess.Popen(command, env=place.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen([sys.executable, "-m", "linocut", "pull", "org/tiny"], env=place.env(),
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def seen() -> int:
+        return sum(method == "GET" and f"/{WEIGHTS}?" in path for method, path, _ in place.hub.requests)
+
+    place.hub.stalls = {WEIGHTS: [2**62, 900_000]}  # the forecast's look at the header passes
+    both = [start()]
+    _wait_for(lambda: seen() == 2)
+    both.append(start())
+    _wait_for(lambda: seen() >= 3)  # the second's look at the header
+    place.hub.go.set()
     for process in both:
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
+    size = (tiny_model / WEIGHTS).stat().st_size
+    assert sum(size - first for first in place.begun(WEIGHTS)) == size, "one of them fetched it, once"
     same(place.snapshot(), tiny_model)
     assert not list(place.home.rglob("*.incomplete"))
 

@@ -15,6 +15,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -292,18 +293,17 @@ def _receive(repository: Repository, file: RemoteFile, target: BinaryIO, done: d
                 if stop.is_set():
                     raise Cancelled("interrupted")
         except Exception as error:
-            status = status_of(error)
-            if status is not None and status < 500 and status not in _TRY_AGAIN:
+            if not _may_pass(error):
+                if status_of(error) is None:
+                    raise
                 raise HubError(f"{repository.id}/{file.path}: {failure(error)}") from error
-            if status is None and not _is_connection(error):
-                raise
             now = target.seek(0, os.SEEK_END)
             idle = 0 if now > begun else idle + 1
             if idle > _ATTEMPTS:
                 raise HubError(f"{repository.id}/{file.path}: the connection was lost with {now / 1e6:,.1f} of "
                                f"{file.size / 1e6:,.1f} MB here; run the same command again, it goes on there"
                                ) from error
-            if stop.wait(min(8.0, 0.5 * 2**idle)):
+            if stop.wait(_pause(idle)):
                 raise Cancelled("interrupted") from None
         else:
             if target.tell() < file.size:  # the server was content with less
@@ -315,10 +315,18 @@ def _receive(repository: Repository, file: RemoteFile, target: BinaryIO, done: d
     done[file.path] = file.size
 
 
-def _is_connection(error: BaseException) -> bool:
-    """Whether the network is to blame, so that trying again makes sense."""
+def _may_pass(error: BaseException) -> bool:
+    """Whether the network, or a server in trouble, is to blame, so that trying again makes sense."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status in _TRY_AGAIN
     return isinstance(error, ConnectionError | TimeoutError) or any(
         kind.__module__.partition(".")[0] in _TRANSPORTS for kind in type(error).__mro__)
+
+
+def _pause(attempts: int) -> float:
+    """Seconds to wait after so many connections that brought nothing."""
+    return min(8.0, 0.5 * 2**attempts)
 
 
 def _stream(repository: Repository, file: RemoteFile, target: BinaryIO, begun: int, end: int) -> Iterator[int]:
@@ -355,8 +363,9 @@ def _locked(path: Path, stop: Event) -> Iterator[BinaryIO]:
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         _lock(file, stop)
-        if os.fstat(file.fileno()).st_ino == (path.stat().st_ino if path.exists() else 0):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
         file.close()  # the process that we waited for has renamed or removed it
     try:
         yield file
@@ -434,8 +443,9 @@ def read_start(repository: Repository, file: RemoteFile, store: Store, count: in
                     pass
                 break
             except Exception as error:
-                if attempt == _ATTEMPTS - 1 or not _is_connection(error):
+                if attempt == _ATTEMPTS - 1 or not _may_pass(error):
                     raise
+                time.sleep(_pause(attempt))
     except Exception as error:
         raise HubError(f"{repository.id}/{file.path}: {failure(error)}") from error
     return data.getvalue()[:count]
