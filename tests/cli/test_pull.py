@@ -231,6 +231,20 @@ def test_damage_on_this_disk_is_found_by_verify(place):
     assert f"{blob}: does not match the hub's checksum" in done.stderr
 
 
+def test_what_was_damaged_before_it_was_published_is_never_used(place, tiny_model, tmp_path):
+    repo = place.hub.repos["org/tiny"]
+    data = bytearray((tiny_model / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    place.hub.add("org/tiny", repo.commits[repo.refs["main"]] | {WEIGHTS: bytes(data)})
+    for command in (["pull", "org/tiny"], ["pull", "org/tiny"], ["pull", "org/tiny", "--to", tmp_path / "here"]):
+        assert "data does not match its SHA-256" in place.run(*command).stderr
+        assert not (place.snapshot() / "model_index.json").exists()
+    done = place.run("generate", "a red apple", "--model", "org/tiny", "-o", tmp_path / "a.png")
+    assert "data does not match its SHA-256" in done.stderr
+    assert not (tmp_path / "here").exists()
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_a_file_of_another_size_is_refused(place, tiny_model):
     place.hub.lies = {WEIGHTS: [(tiny_model / WEIGHTS).read_bytes(), (tiny_model / WEIGHTS).read_bytes()[:-7]] * 3}
     done = place.run("pull", "org/tiny")

@@ -81,7 +81,7 @@ def test_a_tokenizer_inside_the_text_encoder_counts(tmp_path):
     for name in GEMLITE:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    listed = dict.fromkeys(("text_encoder", "tokenizer", "vae"), ["x", "X"])
+    listed = {part: ["x", "X"] for part in ("text_encoder", "tokenizer", "vae")}
     (tmp_path / "model_index.json").write_text(json.dumps(listed))
     assert is_whole(tmp_path)
     (tmp_path / "text_encoder-hqq-4bit/tokenizer/tokenizer.json").unlink()
@@ -89,8 +89,8 @@ def test_a_tokenizer_inside_the_text_encoder_counts(tmp_path):
 
 
 def test_weights_come_once_and_optional_files_if_asked():
-    more = ["LICENSES/a.bin", "transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/timestep_table.safetensors",
-            "transformer/timestep_weights.safetensors", "vae/model.safetensors", "transformer/x.bin"]
+    more = ["LICENSES/a.bin", "transformer/diffusion_pytorch_model.fp16.safetensors",
+            "transformer/timestep_table.safetensors", "transformer/timestep_weights.safetensors", "vae/model.safetensors", "transformer/x.bin"]
     needed = needed_files([*KLEIN, *more], TAPS, lambda name: index(35))
     assert [name for name in needed if name in more] == ["transformer/timestep_table.safetensors"]
     asked = needed_files([*KLEIN, *more], TAPS, lambda name: index(35), optional=True)

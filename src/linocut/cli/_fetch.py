@@ -1,5 +1,8 @@
 """Fetching a model from the hub where a command names one that is not here yet."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -33,6 +36,41 @@ def bring(name: str) -> None:
     size = fetch.remaining(store, wanted)
     click.echo(printable(f"{repository.name} is not here yet: fetching {size / 1e9:,.2f} GB (as 'linocut pull' does)"),
                err=True)
-    with sigterm_interrupts(), Bar("fetching") as bar:
-        fetch.download(repository, wanted, store, bar.update)
-    store.publish(wanted)
+    with sigterm_interrupts():
+        with Bar("fetching") as bar:
+            fetch.download(repository, wanted, store, bar.update)
+        root = store.publish(wanted)
+        with withdrawn_if_it_fails(root, new=True):
+            verify(root, repository.name)
+
+
+def verify(root: Path, name: str, every: bool = False) -> dict[str, int]:
+    """Check what the files of a model say of themselves: a SHA-256 per tensor where linocut wrote them, and the values.
+
+    With `every`, also the values in files of other programs. Returns the numbers of tensors and of hashes.
+    """
+    from linocut.formats.folder import ModelFolder
+
+    tensors = hashes = 0
+    if (root / "transformer").is_dir() and (root / "model_index.json").is_file():
+        for part, checkpoint in ModelFolder(root, name).weight_files().items():
+            with checkpoint:
+                if checkpoint.native or every:
+                    with Bar(f"verifying {part}") as bar:
+                        hashes += checkpoint.verify(partial(bar.update, name=""))
+                    tensors += len(checkpoint)
+    return {"tensors": tensors, "hashes": hashes}
+
+
+@contextlib.contextmanager
+def withdrawn_if_it_fails(root: Path, new: bool) -> Iterator[None]:
+    """Take a model's index out of the cache if its check fails, or stops while it is new, so that no command uses it.
+    """
+    from linocut.errors import FormatError
+
+    try:
+        yield
+    except BaseException as error:
+        if new or isinstance(error, FormatError):
+            (root / "model_index.json").unlink(missing_ok=True)
+        raise

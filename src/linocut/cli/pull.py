@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from linocut.cli import printable
+from linocut.cli._fetch import verify, withdrawn_if_it_fails
 from linocut.cli._progress import Bar
 from linocut.cli._signals import sigterm_interrupts
 
@@ -96,9 +96,10 @@ class Pull:
             if root is None or self.destination is not None:
                 raise
             return {"name": self.name, "path": str(root), "offline": True, "fetched_bytes": 0,
-                    "verified": self._verify(root) if self.verify else None}
+                    "verified": verify(root, self.name, every=True) if self.verify else None}
         with ExitStack() as stack:
             store: fetch.Store = fetch.CacheStore(repository)
+            known = self.destination is None and hub.is_whole(fetch.CacheStore(repository).snapshot)
             if self.destination is not None:
                 work = stack.enter_context(workplace(self.destination, self._identity(repository)))
                 store = fetch.FolderStore(work)
@@ -116,8 +117,11 @@ class Pull:
                 with Bar("checking") as bar:
                     fetch.check(wanted, store, bar.update)
             root = store.publish(wanted)
-            report |= {"fetched_bytes": missing, "path": str(root),
-                       "verified": self._verify(root) if self.verify or missing else None}
+            report |= {"fetched_bytes": missing, "path": str(root), "verified": None}
+            if self.verify or missing or not known:
+                if self.destination is None:
+                    stack.enter_context(withdrawn_if_it_fails(root, new=not known))
+                report["verified"] = verify(root, self.name, self.verify)
             if self.destination is not None:
                 publish(root, self.destination, force)
                 report["path"] = str(self.destination)
@@ -146,21 +150,6 @@ class Pull:
             for line in _forecast_lines(report, found, place.parent, available_bytes()):
                 click.echo(printable(line))
         return report
-
-    def _verify(self, root: Path) -> dict[str, int]:
-        """Check what the files say of themselves: a SHA-256 per tensor where linocut wrote them, and the values."""
-        from linocut.formats.folder import ModelFolder
-
-        tensors = hashes = 0
-        if (root / "transformer").is_dir() and (root / "model_index.json").is_file():
-            files = ModelFolder(root, self.name).weight_files()
-            for name, checkpoint in files.items():
-                with checkpoint:
-                    if checkpoint.native or self.verify:
-                        with Bar(f"verifying {name}") as bar:
-                            hashes += checkpoint.verify(partial(bar.update, name=""))
-                        tensors += len(checkpoint)
-        return {"tensors": tensors, "hashes": hashes}
 
 
 def _forecast_lines(report: dict[str, Any], found: Forecast, place: Path, free_memory: int | None) -> list[str]:

@@ -67,12 +67,17 @@ class CacheStore:
         self.repository = repository
         self.root = Path(HF_HUB_CACHE).expanduser() / f"models--{repository.id.replace('/', '--')}"
 
+    @property
+    def snapshot(self) -> Path:
+        """The model's folder, once it is published."""
+        return self.root / "snapshots" / self.repository.commit
+
     def place(self, file: RemoteFile) -> Path:
         return self.root / "blobs" / file.etag
 
     def publish(self, files: Sequence[RemoteFile]) -> Path:
         """Link the files into the snapshot of their commit, and note what the revision stands for."""
-        snapshot = self.root / "snapshots" / self.repository.commit
+        snapshot = self.snapshot
         # The index last: without it a folder is no model.
         for file in sorted(files, key=lambda file: file.path == "model_index.json"):
             pointer, blob = snapshot / file.path, self.place(file)
