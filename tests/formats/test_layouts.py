@@ -90,7 +90,8 @@ def test_a_tokenizer_inside_the_text_encoder_counts(tmp_path):
 
 def test_weights_come_once_and_optional_files_if_asked():
     more = ["LICENSES/a.bin", "transformer/diffusion_pytorch_model.fp16.safetensors",
-            "transformer/timestep_table.safetensors", "transformer/timestep_weights.safetensors", "vae/model.safetensors", "transformer/x.bin"]
+            "transformer/timestep_table.safetensors", "transformer/timestep_weights.safetensors",
+            "vae/model.safetensors", "transformer/x.bin"]
     needed = needed_files([*KLEIN, *more], TAPS, lambda name: index(35))
     assert [name for name in needed if name in more] == ["transformer/timestep_table.safetensors"]
     asked = needed_files([*KLEIN, *more], TAPS, lambda name: index(35), optional=True)

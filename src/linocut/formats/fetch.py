@@ -331,7 +331,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def _pause(attempts: int) -> float:
     """Seconds to wait after so many connections that brought nothing."""
-    return min(8.0, 0.5 * 2**attempts)
+    return min(8.0, 0.5 * (1 << attempts))
 
 
 def _stream(repository: Repository, file: RemoteFile, target: BinaryIO, begun: int, end: int) -> Iterator[int]:
