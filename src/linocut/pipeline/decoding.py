@@ -4,6 +4,14 @@ import importlib
 import os
 
 
+def has_amx() -> bool:
+    """Whether convolutions and matrix products of torch's libraries go by AMX, for which they copy what they read."""
+    try:
+        return bool(dict(importlib.import_module("linocut._native").cpu_features()).get("amxbf16"))
+    except ImportError:
+        return False
+
+
 def decoder_dtype() -> tuple[str, str]:
     """("bfloat16" or "float32", the reason): bfloat16 where the processor multiplies it faster than float32.
 
