@@ -1,5 +1,6 @@
 /** The one stream of events that feeds all screens: browsers allow few connections to a server, so there is no other. */
 
+import { api } from "../lib/api";
 import type { Job, Picture, Preview, Progress, Sample } from "../lib/types";
 
 export interface Events {
@@ -32,8 +33,10 @@ class EventStream {
     source.onopen = () => (this.connected = true);
     source.onerror = () => {
       this.connected = false;
-      // The browser tries again by itself, unless the server refused.
-      if (source.readyState === EventSource.CLOSED) setTimeout(() => this.#source === source && this.open(), RETRY_MS);
+      // The browser tries again by itself, unless the server refused; only a plain request tells that it wants a token.
+      if (source.readyState !== EventSource.CLOSED) return;
+      void api.jobs().catch(() => {});
+      setTimeout(() => this.#source === source && this.open(), RETRY_MS);
     };
     for (const name of ["hello", "job", "queue", "progress", "preview", "image", "end", "gallery", "memory"] as const) {
       source.addEventListener(name, (event) => this.#tell(name, JSON.parse(event.data)));
