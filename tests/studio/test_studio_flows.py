@@ -18,10 +18,14 @@ pytestmark = pytest.mark.slow
 PROMPT = "two red apples and a blue cup"
 
 
+def wait_for_models(page: Page) -> None:
+    """Nothing is drawn before, and then the first example is filled in: nothing must come between it and typing."""
+    expect(page.get_by_role("radio", name="embedded-binary")).to_be_attached()
+
+
 def draw(page: Page, prompt: str, seed: int | None = None) -> None:
     """Draw by keyboard, and wait for the picture."""
-    # The first example is filled in when the models are there; nothing must come between selecting it and typing.
-    expect(page.get_by_role("radio", name="embedded-binary")).to_be_attached()
+    wait_for_models(page)
     field = page.get_by_label("What to draw", exact=True).and_(page.locator("textarea"))
     field.fill(prompt)
     if seed is not None:
@@ -96,6 +100,7 @@ def test_examples_and_the_history_fill_in_and_draw_nothing(open_studio):
 
 def test_the_queue_is_reordered_and_cancelled_by_keyboard(open_studio):
     page = open_studio()
+    wait_for_models(page)
     page.get_by_label("Steps", exact=True).fill("100")
     page.get_by_label("Steps", exact=True).press("Tab")
     for prompt in ("a red car", "a blue car", "a green car"):
@@ -125,6 +130,7 @@ def test_an_answer_that_comes_late_does_not_put_a_job_back(open_studio):
         route.fulfill(response=answer)
 
     page.route("**/api/jobs", late)
+    wait_for_models(page)
     page.get_by_label("Steps", exact=True).fill("100")
     page.get_by_label("Steps", exact=True).press("Tab")
     page.locator("textarea#prompt").fill("a green car")
