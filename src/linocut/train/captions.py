@@ -15,7 +15,7 @@ from functools import cache
 from linocut.train import wording
 from linocut.train.palette import BACKGROUNDS, COLOURS, WALLS, colour
 from linocut.train.scenes import Group, Scene, split_of
-from linocut.train.vocabulary import article, objects, plural_of
+from linocut.train.vocabulary import article, every_name, objects, plural_of
 
 NONSENSE_RATE = 0.02
 _FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE = 0.12, 0.35, 0.14, 0.10
@@ -222,7 +222,7 @@ def lexicon() -> frozenset[str]:
     texts: list[str] = [*COLOURS, *wording.NUMBERS, *map(str, range(1, len(wording.NUMBERS))), "a", "an", "some", "are",
                         "is", "grey", "draw", "please", "show", "me"]
     for thing in objects():
-        texts += [thing.plural, *thing.names, *(plural_of(thing, noun) for noun in thing.synonyms)]
+        texts += every_name(thing)
     for index in range(len(COLOURS)):
         texts += colour(index).words
     for background in BACKGROUNDS.values():

@@ -23,6 +23,9 @@ from linocut.train.naming import names_of
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
+from linocut.train.vocabulary import every_name, objects
+
+_NAMED = 10  # times that the tokenizer reads every name alone, so that rare ones too become whole tokens
 
 
 def make_tokenizer(recipe: Recipe, folder: Path) -> PromptTokenizer:
@@ -30,6 +33,7 @@ def make_tokenizer(recipe: Recipe, folder: Path) -> PromptTokenizer:
     if not (folder / "tokenizer.json").is_file():
         count = min(15_000, 8 * recipe.data.scenes)  # enough to meet every word many times; less in a small trial
         captions = [text for group in make_scenes(recipe, -1, count).captions for text in group]
+        captions += [f" {name}" for thing in objects() for name in every_name(thing)] * _NAMED
         save_tokenizer(train_tokenizer(captions, recipe.data.vocab_size), folder)
     return PromptTokenizer.from_folder(folder, recipe.data.text_length)
 

@@ -63,11 +63,13 @@ class VaeSettings(StageSettings):
 
 @dataclass(frozen=True)
 class TeacherSettings(StageSettings):
-    """`muon` orthogonalizes the updates of block matrices; `naming` weighs the loss of the naming head at the start."""
+    """`muon` orthogonalizes the updates of block matrices; `naming` weighs the loss of the naming head at the start.
+    `start` is a model folder, relative to the recipe's, whose weights the teacher begins with; empty: from nothing."""
 
     muon: bool = True
     weight_decay: float = 0.01
     naming: float = 0.05
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class Recipe:
             teacher=_section(TeacherSettings, table, "teacher", path),
             path=_section(PathSettings, table, "path", path),
             ternary=_section(QatSettings, table, "ternary", path), binary=_section(QatSettings, table, "binary", path))
+        if recipe.teacher.start:
+            recipe = replace(recipe, teacher=replace(recipe.teacher, start=str(path.parent / recipe.teacher.start)))
         recipe._check(path)
         return recipe
 

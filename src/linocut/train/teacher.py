@@ -17,6 +17,7 @@ from linocut.train.painter import Painter, grid_levels, training_sigmas
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.vocabulary import objects
+from linocut.train.warm import start_from
 from linocut.train.weights import State
 
 
@@ -29,7 +30,10 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     tokenizer = make_tokenizer(recipe, run / "tokenizer")
     vae = load_vae(recipe, run, device)
     torch.manual_seed(recipe.data.seed + 2)
-    painter = Painter(recipe).to(device)
+    painter = Painter(recipe)
+    if settings.start:
+        start_from(painter, tokenizer, Path(settings.start))
+    painter.to(device)
     learners = nn.ModuleList([painter, head := NamingHead(painter.transformer, len(objects())).to(device)])
     ranks.share(learners)
     average = Average(learners, settings.ema)

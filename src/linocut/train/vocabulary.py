@@ -59,6 +59,11 @@ def plural_of(thing: ObjectName, noun: str) -> str:
     return thing.plural if noun == thing.name or noun in thing.masses else pluralize(noun)
 
 
+def every_name(thing: ObjectName) -> list[str]:
+    """All words for one of a thing and for several."""
+    return [word for noun in thing.names for word in (noun, plural_of(thing, noun))]
+
+
 def article(words: str) -> str:
     """"a" or "an", by the sound that the words begin with."""
     return "an" if words[0] in "aeiou" and not words.startswith(_PEOPLE_OF_ONE) else "a"

@@ -25,14 +25,17 @@ FILLERS = (
     "bright", "colorful", "clean", "fresh", "delicious", "tasty", "juicy", "soft", "fluffy", "cozy", "lonely", "sleepy",
     "lazy", "brave", "proud", "smart", "clever", "silly", "crazy", "mysterious", "magical", "magic", "elegant",
     "stylish", "charming", "realistic", "detailed", "real", "good", "well-made", "expensive", "cheap", "young",
-    "wild", "strange",
+    "wild", "strange", "sleeping", "smiling", "dancing", "hungry", "tired", "little old", "singing",
 )
-VERBS = ("sitting", "standing", "lying", "resting", "waiting", "placed", "shown", "seen", "located", "floating")
+VERBS = ("sitting", "standing", "lying", "resting", "waiting", "placed", "shown", "seen", "located", "floating",
+         "sleeping", "dancing", "playing", "swimming", "hiding", "smiling", "hanging", "jumping", "flying", "working")
 
 JOINS = {
     "{0} and {1}": 60, "{0} with {1}": 8, "{0}, {1}": 7, "{0} & {1}": 3, "{0} together with {1}": 4,
     "{0} as well as {1}": 3, "{0} plus {1}": 3, "{0} along with {1}": 3, "{0} and also {1}": 2, "both {0} and {1}": 2,
     "{0}, and {1}": 2, "{0} and {1} together": 2, "{0} + {1}": 1, "{0} {1}": 1, "{0} accompanied by {1}": 1,
+    "{0} playing with {1}": 1, "{0} dancing with {1}": 1, "{0} looking at {1}": 1, "{0} and its friend, {1}": 1,
+    "{0} meets {1}": 1, "{0} talking to {1}": 1,
 }
 JOINS_3 = {"{0}, {1} and {2}": 40, "{0}, {1}, and {2}": 25, "{0}, {1}, {2}": 12, "{0} and {1} and {2}": 8,
            "{0} with {1} and {2}": 8, "{0}, {1} plus {2}": 4, "{0} and {1} with {2}": 3}

@@ -1,0 +1,64 @@
+"""A teacher need not begin from nothing: weights of a packed model of the same shape are a start.
+
+Rounded weights draw nearly as well as those they came from and have the same scale, so a teacher that starts from them
+has its composition and drawing from the first step on, and grows into a larger vocabulary from there. That carries
+training over from one run to the next through the model that was published, without keeping gigabytes beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from linocut.errors import FormatError
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.packed import dequantize
+from linocut.models.convert import tensor_from
+from linocut.models.text_encoder import PromptTokenizer
+from linocut.train.painter import Painter
+
+_EMBEDDING = "embed_tokens.weight"
+
+
+@torch.no_grad()
+def start_from(painter: Painter, tokenizer: PromptTokenizer, folder: Path) -> None:
+    """Set the painter's weights to those of a model folder, packed or dense.
+
+    Its tokenizer may be another one: tokens that both have keep their embedding, all others begin at random as ever.
+    Raises FormatError that names the tensor if a shape differs.
+    """
+    _copy(painter.transformer, folder / "transformer", {})
+    with Checkpoint.open(folder / "text_encoder") as checkpoint:
+        old = _dense(checkpoint, _EMBEDDING)
+    rows = _embeddings(painter.text_encoder.embed_tokens.weight, tokenizer,
+                       PromptTokenizer.from_folder(folder / "tokenizer", tokenizer.length), old)
+    _copy(painter.text_encoder, folder / "text_encoder", {_EMBEDDING: rows})
+
+
+def _copy(module: nn.Module, folder: Path, instead: dict[str, Tensor]) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        for name, target in module.state_dict().items():
+            value = instead[name] if name in instead else _dense(checkpoint, name)
+            if value.shape != target.shape:
+                raise FormatError("tensor has another shape than the recipe's network", path=folder, tensor=name,
+                                  expected=list(target.shape), found=list(value.shape),
+                                  advice="start from a model of the same shape, or from nothing")
+            target.copy_(value)
+
+
+def _dense(checkpoint: Checkpoint, name: str) -> Tensor:
+    module = name.removesuffix(".weight")
+    if module in checkpoint.packed:
+        return torch.from_numpy(dequantize(checkpoint.packed_tensor(module)))
+    return tensor_from(checkpoint, name).float()
+
+
+def _embeddings(fresh: Tensor, tokenizer: PromptTokenizer, before: PromptTokenizer, old: Tensor) -> Tensor:
+    """Embeddings [vocabulary, width] for the tokens of `tokenizer`: from `old`, the rows of `before`, or `fresh`."""
+    rows, known = fresh.detach().float().cpu().clone(), before.tokenizer.get_vocab()
+    for token, index in tokenizer.tokenizer.get_vocab().items():
+        if token in known:
+            rows[index] = old[known[token]]
+    return rows

@@ -1,0 +1,87 @@
+"""A teacher that begins with the weights of a packed model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_recipe import write_recipe, write_sprites
+
+from linocut.errors import FormatError
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.packed import dequantize
+from linocut.train.dataset import make_tokenizer
+from linocut.train.export import export
+from linocut.train.painter import Painter
+from linocut.train.recipe import Recipe
+from linocut.train.stages import run_stage
+from linocut.train.tokenizer import save_tokenizer, train_tokenizer
+from linocut.train.warm import start_from
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[Path, Recipe]:
+    """The tiny recipe's model folder with a ternary student, untrained: what matters is that values are known."""
+    root = tmp_path_factory.mktemp("warm")
+    recipe = Recipe.from_file(write_recipe(root))
+    write_sprites(root / "sprites")
+    for stage in ("vae", "teacher"):
+        run_stage(stage, recipe, root / "run", root / "sprites", "cpu")
+    torch.manual_seed(1)
+    Painter(recipe).save(root / "run" / "ternary")
+    export(recipe, root / "run", root / "model")
+    return root, recipe
+
+
+def test_weights_are_those_of_the_packed_model(published):
+    root, recipe = published
+    torch.manual_seed(2)
+    painter = Painter(recipe)
+    start_from(painter, make_tokenizer(recipe, root / "run" / "tokenizer"), root / "model")
+    with Checkpoint.open(root / "model" / "transformer") as checkpoint:
+        name = next(name for name, entry in checkpoint.packed.items() if entry.encoding == "ternary")
+        assert torch.equal(painter.transformer.get_submodule(name).weight,
+                           torch.from_numpy(dequantize(checkpoint.packed_tensor(name))))
+        assert torch.equal(painter.transformer.x_embedder.weight.half(),
+                           torch.from_numpy(checkpoint.array("x_embedder.weight")))
+    with Checkpoint.open(root / "model" / "text_encoder") as checkpoint:
+        assert torch.equal(painter.text_encoder.embed_tokens.weight,
+                           torch.from_numpy(dequantize(checkpoint.packed_tensor("embed_tokens"))))
+
+
+def test_tokens_keep_their_embedding_in_another_vocabulary(published, tmp_path):
+    root, recipe = published
+    save_tokenizer(train_tokenizer(["zebra zebra zebra a photo of a fox"] * 9, 300), tmp_path)
+    tokenizer, old = make_tokenizer(recipe, tmp_path), make_tokenizer(recipe, root / "run" / "tokenizer")
+    painter = Painter(recipe)
+    fresh = painter.text_encoder.embed_tokens.weight.detach().clone()
+    start_from(painter, tokenizer, root / "model")
+    with Checkpoint.open(root / "model" / "text_encoder") as checkpoint:
+        rows = torch.from_numpy(dequantize(checkpoint.packed_tensor("embed_tokens")))
+    ids, before = tokenizer.tokenizer.get_vocab(), old.tokenizer.get_vocab()
+    new = set(ids) - set(before)
+    assert new
+    assert ids["<|im_start|>"] != before["<|im_start|>"]
+    found = painter.text_encoder.embed_tokens.weight
+    for token, index in ids.items():
+        assert torch.equal(found[index], fresh[index] if token in new else rows[before[token]])
+
+
+def test_another_shape_is_refused(published):
+    root, recipe = published
+    other = Recipe.from_file(Path("recipes/embedded/recipe.toml"))
+    with pytest.raises(FormatError, match=r"another shape than the recipe's network.*start from a model"):
+        start_from(Painter(other), make_tokenizer(recipe, root / "run" / "tokenizer"), root / "model")
+
+
+def test_the_teacher_begins_with_it(published, tmp_path):
+    root, recipe = published
+    text = (root / "recipe.toml").read_text().replace("[teacher]", '[teacher]\nstart = "model"')
+    warm = root / "warm.toml"
+    warm.write_text(text.replace("steps = 20\n", "steps = 0\n"))
+    started = Recipe.from_file(warm)
+    assert Path(started.teacher.start) == root / "model"
+    (tmp_path / "vae").symlink_to(root / "run" / "vae")
+    run_stage("teacher", started, tmp_path, root / "sprites", "cpu")
+    with Checkpoint.open(root / "model" / "transformer") as before, Checkpoint.open(tmp_path / "teacher") as after:
+        assert torch.equal(torch.from_numpy(after.array("transformer.x_embedder.weight")).half(),
+                           torch.from_numpy(before.array("x_embedder.weight")))
