@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_dense import TINY
 
 from linocut.formats.folder import ModelFolder
 from linocut.models.flux2 import Flux2Config
 from linocut.models.synthetic import write_synthetic
-from linocut.pipeline import memory
+from linocut.pipeline import components, memory
+from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.measure import Meter
 
 
@@ -126,6 +129,52 @@ def _resident_while(model: Path, file: str, phase: str) -> list[int]:
     done = subprocess.run([sys.executable, "-c", _RESIDENT, str(model), file, phase], capture_output=True, text=True,
                           check=True)
     return [int(line) for line in done.stdout.splitlines()]
+
+
+def test_networks_are_gone_without_a_search_for_cycles(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The search takes 50 ms, and every phase ends with it if something still holds its network.
+    searches: list[None] = []
+    monkeypatch.setattr(components.gc, "collect", lambda: searches.append(None))
+    for kernel in ("auto", "native"):
+        monkeypatch.setenv("LINOCUT_KERNEL", kernel)
+        pipe = Pipeline.from_pretrained(tiny_model, keep_loaded=False)
+        pipe(["a red apple", "a blue cup"], seed=1, width=32, height=32, num_inference_steps=2,
+             callback_on_step_end=lambda *given: given[3]["preview"])
+    assert not searches
+
+
+def test_a_network_in_a_cycle_is_found() -> None:
+    network = torch.nn.Linear(2, 2)
+    network.itself = [network]
+    seen = weakref.ref(network)
+    del network
+    components.give_memory_back(seen)
+    assert seen() is None
+
+
+_ADVISED = """
+import os, sys
+import torch
+from linocut.pipeline.generate import Pipeline
+
+Pipeline.from_pretrained(sys.argv[1])
+assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+x = torch.ones(8_000_000)
+address, ours = x.data_ptr() + x.nbytes // 2, False
+for line in open("/proc/self/smaps"):
+    first = line.split()[0]
+    if "-" in first:
+        start, end = (int(side, 16) for side in first.split("-"))
+        ours = start <= address < end
+    elif ours and line.startswith("VmFlags:"):
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_large_tensors_ask_for_huge_pages(tiny_model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _ADVISED, str(tiny_model)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
 
 
 def test_plans_grow_with_the_picture(tiny_model: Path) -> None:
