@@ -12,7 +12,6 @@ import ctypes
 import gc
 import os
 import platform
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,11 +31,9 @@ from linocut.models.flux2 import Flux2Blocks
 from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 from linocut.pipeline.decoding import decoder_dtype
-from linocut.pipeline.footprint import part_of, parts_in_order
+from linocut.pipeline.footprint import needed_once, part_of, parts_in_order
 from linocut.pipeline.memory import Ways
 from linocut.pipeline.schedule import Schedule
-
-_ONCE = re.compile(r"(^|\.)(context_embedder|txt_in|embed_tokens)\.")
 
 
 class Components:
@@ -106,10 +103,11 @@ class Components:
         return flux2_cpu.runner(network, rows)
 
     def release_part(self, done: int) -> None:
-        """Let part number `done`, from 1, of the network in use leave memory; it comes back if it runs again.
+        """Let what part number `done`, from 1, was the last to need leave memory; it comes back if it runs again.
 
-        Parts are the layers of the text encoder, unless networks are kept, and blocks of the transformer where the plan
-        says so. Both read their weights where they are mapped, one part after another, so they need the memory of one.
+        Parts are the layers of the text encoder and the blocks of the transformer. Their weights are read where they
+        lie in the file, one part after another, so they can do with the memory of one. Unless networks are kept, layers
+        go as they are done, blocks where the plan says so, and what embeds the prompt with the first of either.
         """
         if self._streamed is not None:
             checkpoint, parts = self._streamed
@@ -171,12 +169,22 @@ class Components:
         with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
             if name == "transformer":
                 model = build_and_load(Flux2Blocks, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
-                self._streamed = _parts(checkpoint) if self._stream and self.device.type == "cpu" else None
+                self._streamed = self._parts(checkpoint, self._stream)
             else:
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))
-                self._streamed = _parts(checkpoint) if not self.keep and self.device.type == "cpu" else None
+                self._streamed = self._parts(checkpoint, True)
         return model if self.device.type == "cpu" else model.to(self.device)
+
+    def _parts(self, checkpoint: Checkpoint, stream: bool) -> tuple[Checkpoint, list[list[str]]] | None:
+        """What `release_part` releases after each block or layer, in their order: if `stream`, itself too."""
+        parts = parts_in_order(checkpoint)
+        if self.keep or self.device.type != "cpu" or not parts:
+            return None
+        if not stream:
+            parts = [[] for _ in parts]
+        parts[0] += needed_once(checkpoint)
+        return checkpoint, parts
 
     def _load_decoder(self, checkpoint: Checkpoint) -> "PictureDecoder":
         config = AutoencoderConfig.from_dict(self.folder.config("vae"))
@@ -220,17 +228,6 @@ class PictureDecoder(Autoencoder):
     def rename_key(self, name: str) -> str | None:
         """The name of a checkpoint's tensor in this network, or None for the encoder's."""
         return None if name.startswith(("encoder.", "quant_conv.")) else name
-
-
-def _parts(checkpoint: Checkpoint) -> tuple[Checkpoint, list[list[str]]] | None:
-    """The blocks or layers of a network in their order, as `Components.release_part` takes them.
-
-    What embeds the prompt is needed once, before the first of them, and goes with it.
-    """
-    parts = parts_in_order(checkpoint)
-    if parts:
-        parts[0] += [name for name in checkpoint if _ONCE.search(name)]
-    return (checkpoint, parts) if parts else None
 
 
 def _release_all_but_parts(checkpoint: Checkpoint) -> None:
