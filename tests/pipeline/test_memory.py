@@ -81,7 +81,7 @@ for keep in (True, False):
         pipe(prompt, seed=1, width=32, height=32,
              on_progress=lambda p: seen.append(mapped(file)) if p.phase == sys.argv[3] else None)
     pipe.close()
-    print(max(seen))
+    print(max(seen), seen[-1])
 """
 
 
@@ -98,6 +98,26 @@ def test_what_sees_the_noise_level_alone_is_gone_while_denoising(tmp_path: Path)
     for most in resident:  # networks kept in memory, and dropped
         # The rest is in memory; pages come in clusters, so some bytes beside it are too.
         assert 0.9 * (size - timestep) < most < size - 0.9 * timestep
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")
+@pytest.mark.parametrize("kernel", ["auto", "native"])
+def test_what_embeds_the_prompt_is_gone_while_denoising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        kernel: str) -> None:
+    monkeypatch.setenv("LINOCUT_KERNEL", kernel)
+    text = replace(TINY.text_encoder, hidden_size=1024)
+    transformer = Flux2Config(in_channels=64, num_layers=1, num_single_layers=10, num_attention_heads=4,
+                              joint_attention_dim=3 * 1024)
+    write_synthetic(tmp_path / "model", replace(TINY, text_encoder=text, transformer=transformer), "binary")
+    kept, dropped = _resident_while(tmp_path / "model", "transformer/diffusion_pytorch_model.safetensors", "denoise",
+                                    at_the_end=True)
+    embedder = 3 * 1024 * 4 * 128 * 2
+    assert kept > embedder
+    assert dropped < kept - 0.9 * embedder
+    folder = ModelFolder.open(tmp_path / "model")
+    plans = [memory.plan(folder, 32, 32, keep_loaded=False, pictures=2, prompts=prompts).phases[1].weights
+             for prompts in (2, 1)]
+    assert plans[0] - plans[1] == (embedder if kernel == "auto" else 0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")
@@ -124,11 +144,12 @@ def test_the_stored_decoder_leaves_memory_when_it_is_converted(tmp_path: Path) -
         assert most < 0.3 * size
 
 
-def _resident_while(model: Path, file: str, phase: str) -> list[int]:
-    """Most resident bytes of a model's file in a phase of two pictures, with networks kept in memory and dropped."""
+def _resident_while(model: Path, file: str, phase: str, at_the_end: bool = False) -> list[int]:
+    """Most resident bytes of a model's file in a phase of two pictures, or those at the end of the second one, with
+    networks kept in memory and dropped."""
     done = subprocess.run([sys.executable, "-c", _RESIDENT, str(model), file, phase], capture_output=True, text=True,
                           check=True)
-    return [int(line) for line in done.stdout.splitlines()]
+    return [int(line.split()[at_the_end]) for line in done.stdout.splitlines()]
 
 
 def test_networks_are_gone_without_a_search_for_cycles(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
