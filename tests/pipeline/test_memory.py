@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_dense import TINY
 
 from linocut.formats.folder import ModelFolder
 from linocut.models.flux2 import Flux2Config
 from linocut.models.synthetic import write_synthetic
-from linocut.pipeline import memory
+from linocut.pipeline import components, memory
+from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.measure import Meter
 
 
@@ -78,7 +81,7 @@ for keep in (True, False):
         pipe(prompt, seed=1, width=32, height=32,
              on_progress=lambda p: seen.append(mapped(file)) if p.phase == sys.argv[3] else None)
     pipe.close()
-    print(max(seen))
+    print(max(seen), seen[-1])
 """
 
 
@@ -95,6 +98,26 @@ def test_what_sees_the_noise_level_alone_is_gone_while_denoising(tmp_path: Path)
     for most in resident:  # networks kept in memory, and dropped
         # The rest is in memory; pages come in clusters, so some bytes beside it are too.
         assert 0.9 * (size - timestep) < most < size - 0.9 * timestep
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")
+@pytest.mark.parametrize("kernel", ["auto", "native"])
+def test_what_embeds_the_prompt_is_gone_while_denoising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        kernel: str) -> None:
+    monkeypatch.setenv("LINOCUT_KERNEL", kernel)
+    text = replace(TINY.text_encoder, hidden_size=1024)
+    transformer = Flux2Config(in_channels=64, num_layers=1, num_single_layers=10, num_attention_heads=4,
+                              joint_attention_dim=3 * 1024)
+    write_synthetic(tmp_path / "model", replace(TINY, text_encoder=text, transformer=transformer), "binary")
+    kept, dropped = _resident_while(tmp_path / "model", "transformer/diffusion_pytorch_model.safetensors", "denoise",
+                                    at_the_end=True)
+    embedder = 3 * 1024 * 4 * 128 * 2
+    assert kept > embedder
+    assert dropped < kept - 0.9 * embedder
+    folder = ModelFolder.open(tmp_path / "model")
+    plans = [memory.plan(folder, 32, 32, keep_loaded=False, pictures=2, prompts=prompts).phases[1].weights
+             for prompts in (2, 1)]
+    assert plans[0] - plans[1] == (embedder if kernel == "auto" else 0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")
@@ -121,11 +144,58 @@ def test_the_stored_decoder_leaves_memory_when_it_is_converted(tmp_path: Path) -
         assert most < 0.3 * size
 
 
-def _resident_while(model: Path, file: str, phase: str) -> list[int]:
-    """Most resident bytes of a model's file in a phase of two pictures, with networks kept in memory and dropped."""
+def _resident_while(model: Path, file: str, phase: str, at_the_end: bool = False) -> list[int]:
+    """Most resident bytes of a model's file in a phase of two pictures, or those at the end of the second one, with
+    networks kept in memory and dropped."""
     done = subprocess.run([sys.executable, "-c", _RESIDENT, str(model), file, phase], capture_output=True, text=True,
                           check=True)
-    return [int(line) for line in done.stdout.splitlines()]
+    return [int(line.split()[at_the_end]) for line in done.stdout.splitlines()]
+
+
+def test_networks_are_gone_without_a_search_for_cycles(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The search takes 50 ms, and every phase ends with it if something still holds its network.
+    searches: list[None] = []
+    monkeypatch.setattr(components.gc, "collect", lambda: searches.append(None))
+    for kernel in ("auto", "native"):
+        monkeypatch.setenv("LINOCUT_KERNEL", kernel)
+        pipe = Pipeline.from_pretrained(tiny_model, keep_loaded=False)
+        pipe(["a red apple", "a blue cup"], seed=1, width=32, height=32, num_inference_steps=2,
+             callback_on_step_end=lambda *given: given[3]["preview"])
+    assert not searches
+
+
+def test_a_network_in_a_cycle_is_found() -> None:
+    network = torch.nn.Linear(2, 2)
+    network.itself = [network]
+    seen = weakref.ref(network)
+    del network
+    components.give_memory_back(seen)
+    assert seen() is None
+
+
+_ADVISED = """
+import os, sys
+import torch
+from linocut.pipeline.generate import Pipeline
+
+Pipeline.from_pretrained(sys.argv[1])
+assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+x = torch.ones(8_000_000)
+address, ours = x.data_ptr() + x.nbytes // 2, False
+for line in open("/proc/self/smaps"):
+    first = line.split()[0]
+    if "-" in first:
+        start, end = (int(side, 16) for side in first.split("-"))
+        ours = start <= address < end
+    elif ours and line.startswith("VmFlags:"):
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_large_tensors_ask_for_huge_pages(tiny_model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _ADVISED, str(tiny_model)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
 
 
 def test_plans_grow_with_the_picture(tiny_model: Path) -> None:

@@ -10,10 +10,12 @@ small enough as a whole to stay (`memory.should_keep`); then a second picture st
 import contextlib
 import ctypes
 import gc
+import os
 import platform
-import re
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,11 +31,9 @@ from linocut.models.flux2 import Flux2Blocks
 from linocut.models.modulations import Modulations, TimestepNetwork, tabulate
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 from linocut.pipeline.decoding import decoder_dtype
-from linocut.pipeline.footprint import part_of, parts_in_order
+from linocut.pipeline.footprint import needed_once, part_of, parts_in_order
 from linocut.pipeline.memory import Ways
 from linocut.pipeline.schedule import Schedule
-
-_ONCE = re.compile(r"(^|\.)(context_embedder|txt_in|embed_tokens)\.")
 
 
 class Components:
@@ -45,6 +45,7 @@ class Components:
         self._stream = False
         self._streamed: tuple[Checkpoint, list[list[str]]] | None = None
         self._modulations: tuple[Schedule, list[Modulations]] | None = None
+        use_huge_pages()
         if not keep:
             avoid_fragments()
 
@@ -86,10 +87,11 @@ class Components:
         try:
             yield model
         finally:
+            network = weakref.ref(model)
             del model
             if not self.keep:
                 self._streamed = None
-                self._give_memory_back()
+                self._give_memory_back(network)
 
     def runner(self, network: Any, rows: int | None = None) -> Any:
         """What computes best with a text encoder or transformer from `use`; called like the network itself.
@@ -101,10 +103,11 @@ class Components:
         return flux2_cpu.runner(network, rows)
 
     def release_part(self, done: int) -> None:
-        """Let part number `done`, from 1, of the network in use leave memory; it comes back if it runs again.
+        """Let what part number `done`, from 1, was the last to need leave memory; it comes back if it runs again.
 
-        Parts are the layers of the text encoder, unless networks are kept, and blocks of the transformer where the plan
-        says so. Both read their weights where they are mapped, one part after another, so they need the memory of one.
+        Parts are the layers of the text encoder and the blocks of the transformer. Their weights are read where they
+        lie in the file, one part after another, so they can do with the memory of one. Unless networks are kept, layers
+        go as they are done, blocks where the plan says so, and what embeds the prompt with the first of either.
         """
         if self._streamed is not None:
             checkpoint, parts = self._streamed
@@ -145,12 +148,13 @@ class Components:
 
     def drop(self) -> None:
         """Forget every network that was kept."""
+        networks = [weakref.ref(model) for model in self._kept.values()]
         self._kept.clear()
         self._modulations = None
-        self._give_memory_back()
+        self._give_memory_back(*networks)
 
-    def _give_memory_back(self) -> None:
-        give_memory_back()
+    def _give_memory_back(self, *networks: "weakref.ref[Any]") -> None:
+        give_memory_back(*networks)
 
     def _build(self, name: str) -> Any:
         if name == "tokenizer":
@@ -165,12 +169,22 @@ class Components:
         with self.folder.checkpoint(name) as checkpoint:  # tensors keep their own hold on the mapped file
             if name == "transformer":
                 model = build_and_load(Flux2Blocks, Flux2Config.from_dict(config), checkpoint, compute_dtype=dtype)
-                self._streamed = _parts(checkpoint) if self._stream and self.device.type == "cpu" else None
+                self._streamed = self._parts(checkpoint, self._stream)
             else:
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))
-                self._streamed = _parts(checkpoint) if not self.keep and self.device.type == "cpu" else None
+                self._streamed = self._parts(checkpoint, True)
         return model if self.device.type == "cpu" else model.to(self.device)
+
+    def _parts(self, checkpoint: Checkpoint, stream: bool) -> tuple[Checkpoint, list[list[str]]] | None:
+        """What `release_part` releases after each block or layer, in their order: if `stream`, itself too."""
+        parts = parts_in_order(checkpoint)
+        if self.keep or self.device.type != "cpu" or not parts:
+            return None
+        if not stream:
+            parts = [[] for _ in parts]
+        parts[0] += needed_once(checkpoint)
+        return checkpoint, parts
 
     def _load_decoder(self, checkpoint: Checkpoint) -> "PictureDecoder":
         config = AutoencoderConfig.from_dict(self.folder.config("vae"))
@@ -216,31 +230,22 @@ class PictureDecoder(Autoencoder):
         return None if name.startswith(("encoder.", "quant_conv.")) else name
 
 
-def _parts(checkpoint: Checkpoint) -> tuple[Checkpoint, list[list[str]]] | None:
-    """The blocks or layers of a network in their order, as `Components.release_part` takes them.
-
-    What embeds the prompt is needed once, before the first of them, and goes with it.
-    """
-    parts = parts_in_order(checkpoint)
-    if parts:
-        parts[0] += [name for name in checkpoint if _ONCE.search(name)]
-    return (checkpoint, parts) if parts else None
-
-
 def _release_all_but_parts(checkpoint: Checkpoint) -> None:
     for name in checkpoint:
         if part_of(name) is None:
             checkpoint.release(name)
 
 
-def give_memory_back() -> None:
+def give_memory_back(*networks: "weakref.ref[Any]") -> None:
     """Return freed memory to the system, so that the next component starts from a flat floor.
 
-    Collects cycles first; then asks glibc, which otherwise keeps freed pieces below its mmap threshold.
+    Asks glibc, which otherwise keeps freed pieces below its mmap threshold. `networks` should be gone by now. Only if
+    one is not are cycles looked for: among all of torch's objects that takes a twentieth of a second.
     """
-    gc.collect()
+    if any(network() is not None for network in networks):
+        gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
 
 
 def avoid_fragments() -> None:
@@ -251,4 +256,25 @@ def avoid_fragments() -> None:
     """
     m_mmap_threshold = -3  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
+        _libc().mallopt(m_mmap_threshold, 1 << 20)
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def use_huge_pages() -> None:
+    """Have torch ask Linux for pages of 2 MB in tensors of that size and more, in this process and from now on.
+
+    Memory that comes fresh from the system costs a fault per page: some 700,000 of 4 kB while a picture of 512 px is
+    decoded. torch asks its environment once, when it makes its first tensor; if there is one, nothing changes.
+    """
+    name = "THP_MEM_ALLOC_ENABLE"
+    if name in os.environ:  # the user's own choice
+        return
+    os.environ[name] = "1"
+    try:
+        torch.empty(1, device="cpu")
+    finally:
+        del os.environ[name]  # not for the processes that this one starts

@@ -7,6 +7,7 @@ are latents, text features and one row of modulations, a few megabytes.
 Shape letters: B batch, T text tokens, I image tokens, C latent channels, h and w the token grid.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,8 @@ class MlxComponents(Components):
                                             self.folder.settings["text_taps"], DTYPES[self.dtype], self.keep))
         return _PictureDecoder(AutoencoderConfig.from_dict(config), checkpoint, DTYPES[self.dtype])
 
-    def _give_memory_back(self) -> None:
-        super()._give_memory_back()
+    def _give_memory_back(self, *networks: "weakref.ref[Any]") -> None:
+        super()._give_memory_back(*networks)
         runtime.give_memory_back()
 
 

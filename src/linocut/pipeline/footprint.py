@@ -13,6 +13,7 @@ EDGE_ROWS = 512
 """Tokens that the fused step takes at least at a time (models/flux2_cpu.py)."""
 PAGE_CLUSTER = 64 * 1024
 """A page fault in a mapped file brings in its neighbours."""
+_ONCE = re.compile(r"(^|\.)(context_embedder|txt_in|embed_tokens)\.")
 _PART = re.compile(r"(?:^|\.)((?:single_)?transformer_blocks|(?:double|single)_blocks|layers)\.(\d+)\.")
 
 
@@ -32,6 +33,11 @@ def parts_in_order(checkpoint: Checkpoint) -> list[list[str]]:
         if part is not None:
             parts.setdefault(part, []).append(name)
     return [parts[key] for key in sorted(parts, key=lambda key: (key[0].startswith("single"), key[1]))]
+
+
+def needed_once(checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors that embed the prompt, which a network needs before its first block or layer only."""
+    return [name for name in checkpoint if _ONCE.search(name)]
 
 
 def touched_bytes(checkpoint: Checkpoint, names: list[str], rows_of_table: int) -> int:
