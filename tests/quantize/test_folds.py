@@ -17,7 +17,7 @@ ENCODINGS = ("binary", "ternary")
 def make(kind, seed=0):
     torch.manual_seed(seed)
     block = kind(CONFIG).requires_grad_(False)
-    for name, parameter in block.named_parameters():
+    for parameter in block.parameters():
         if parameter.ndim == 2:
             spread = torch.randn(parameter.shape[1]).mul(0.7).exp()  # columns of very different size
             parameter.copy_(torch.randn_like(parameter) * spread / parameter.shape[1] ** 0.5)

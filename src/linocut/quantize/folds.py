@@ -104,13 +104,15 @@ def _turned_error(heads: Tensor, turn: Tensor, encoding: str) -> Tensor:
 def turn_rows(weight: Tensor, turn: Tensor) -> Tensor:
     """The rows of a layer that makes values [H * K, N], each head's turned so that v becomes v @ R."""
     heads = weight.unflatten(0, (-1, GROUP_SIZE))
-    return (turn.transpose(1, 2).to(weight.dtype) @ heads).flatten(0, 1)
+    turned: Tensor = turn.transpose(1, 2).to(weight.dtype) @ heads
+    return turned.flatten(0, 1)
 
 
 def turn_columns(weight: Tensor, turn: Tensor) -> Tensor:
     """The columns of the layer that reads them [O, H * K]: W @ R head by head."""
     heads = weight.unflatten(1, (-1, GROUP_SIZE)).transpose(0, 1)
-    return (heads @ turn.to(weight.dtype)).transpose(0, 1).flatten(1)
+    turned: Tensor = heads @ turn.to(weight.dtype)
+    return turned.transpose(0, 1).flatten(1)
 
 
 def hidden_sizes(down: Tensor) -> Tensor:
@@ -148,11 +150,13 @@ def _nearest_rotation(matrices: Tensor) -> Tensor:
     if bool(failed.any()):
         left, _, right = torch.linalg.svd(matrices[failed].double().cpu())
         x[failed] = (left @ right).to(x)
-    return 1.5 * x - 0.5 * x @ (x.transpose(1, 2) @ x)  # the last digits
+    polished: Tensor = 1.5 * x - 0.5 * x @ (x.transpose(1, 2) @ x)  # the last digits
+    return polished
 
 
 def _hadamard(size: int) -> Tensor:
     result = torch.ones(1, 1)
     while len(result) < size:
         result = torch.cat([torch.cat([result, result], 1), torch.cat([result, -result], 1)])
-    return result / size**0.5
+    scaled: Tensor = result / size**0.5
+    return scaled

@@ -8,8 +8,8 @@ measured, so what is optimised here is what a packed file decodes to. A binary 0
 a kept weight gets the smallest scale and all zeros.
 
 Methods:
-- `absmean` is BitNet's (scale mean|w|, every weight to the nearest value): no better than the others in any respect, and
-  the baseline that others are measured against.
+- `absmean` is BitNet's (scale mean|w|, every weight to the nearest value): in no respect better than the others, the
+  baseline that they are measured against.
 - `exact` is the optimum for the weights as they are: for ternary the argmax over k of S_k^2 / k, where S_k sums the k
   largest magnitudes (the threshold that results is always half the scale); for affine4 a search over clipped ranges and
   their neighbours, whose squared error is within one percent of the best that any scale and zero point give.
