@@ -109,7 +109,7 @@ def test_the_teachers_path_is_the_networks(model, tmp_path):
                                  dtype=torch.float32)
     ids = image_position_ids(*path.tokens), text_position_ids(path.text_length)
     text = path.text("teacher", slice(None))
-    assert 0 < float((text - path.text("student", slice(None))).norm() / text.norm()) < 0.6  # four bits of random weights
+    assert 0 < float((text - path.text("student", slice(None))).norm() / text.norm()) < 0.6  # four bits
     for step, level in enumerate(path.levels[:-1]):
         x, v = path.at(step, slice(None))
         with torch.no_grad(), solver_autocast():

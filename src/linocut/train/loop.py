@@ -141,7 +141,9 @@ class Schedule:
     @property
     def rate(self) -> float:
         warm = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-        return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+        constant = self.settings.constant
+        falling = max(0.0, self.progress - constant) / (1 - constant)
+        return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling)))
 
     @property
     def due(self) -> bool:
