@@ -163,6 +163,7 @@ class _Job:
     config: dict[str, Any]
     policy: Policy
     groups_per_scale: int = 1
+    method: str = "exact"
     decisions: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -187,7 +188,7 @@ class _Job:
             targets = {name: source for name, source in self.targets.items() if is_timestep(name) == timestep}
             decisions = {name: self.decisions[name] for name in targets}
             parts.append(_Job(component, file, self.reader, targets, self.config, self.policy,
-                              self.groups_per_scale, decisions))
+                              self.groups_per_scale, self.method, decisions))
         return parts[0], parts[1]
 
     @property
@@ -225,14 +226,15 @@ def quantization_config(policy: Policy, groups_per_scale: int = 1) -> dict[str, 
 def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Policy | None = None,
                     text_encoder: str = "affine4", force: bool = False, threads: int | None = None,
                     on_progress: OnProgress | None = None, make_table: MakeTable | None = None,
-                    tie_scales: bool = False, solver: Solver | None = None) -> Report:
+                    tie_scales: bool = False, solver: Solver | None = None, method: str = "exact") -> Report:
     """Quantize `src` (model folder, transformer folder, transformer file or hub id) into the model folder `dst`.
 
     encoding ("binary" or "ternary") with the FLUX.2 preset, or `policy` for any other choice or model. The text
     encoder becomes affine4, cut after the last layer in use, or is kept as it is; all else goes along by hard link
     or copy. `make_table` makes a timestep table (`formats.timestep_table`), and the layers that it stands for go into a
     file of their own. With `tie_scales` every two neighbouring binary or ternary groups share a scale; a `solver`
-    rounds the transformer's weights instead, with a scale for every group.
+    rounds the transformer's weights instead, with a scale for every group. `method` is that of `quantize.rounding`:
+    "tied" for latent weights of a trained student.
     on_progress(weights done, weights in all, tensor). Any exception, KeyboardInterrupt included, leaves `dst` as it was
     and the finished tensors for the next run. Raises UsageError for a quantized source, an existing `dst` without
     `force` and a full disk, PolicyError for a model that the policy does not fit.
@@ -248,7 +250,8 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
     threads_before = torch.get_num_threads()
     try:
         check_apart(source.path, dst)
-        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None, 1 + tie_scales)
+        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None, 1 + tie_scales,
+                     method)
         with workplace(dst, _identity(source, jobs, solver)) as work:
             encodings = {name.removesuffix(".weight"): encoding for job in jobs if job.component != "text_encoder"
                          for name, (encoding, _) in job.decisions.items()}
@@ -278,10 +281,10 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
     return Report(dst, reports, time.monotonic() - start, resumed, table_nbytes, summary)
 
 
-def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int) -> list[_Job]:
+def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int, method: str) -> list[_Job]:
     transformer = _Job("transformer", "transformer/diffusion_pytorch_model.safetensors", source.transformer,
                        {name: name for name in source.transformer.names}, source.transformer_config, policy,
-                       groups_per_scale)
+                       groups_per_scale, method)
     if table and not any(map(is_timestep, transformer.targets)):
         raise UsageError(f"{source.path}: has none of the layers that a timestep table stands for; leave out "
                          "--timestep-table")
@@ -343,7 +346,7 @@ def _write_packed(job: _Job, name: str, stored: str, writer: CheckpointWriter, p
 
     def work(first: int) -> tuple[PackedTensor, float, float]:
         block = _tensor(array[first : first + rows], info.dtype)
-        packed = quantize_tensor(block, encoding, name=name, groups_per_scale=job.groups_per_scale)
+        packed = quantize_tensor(block, encoding, job.method, name, job.groups_per_scale)
         return packed, *squared_error(block, packed)
 
     blocks, error, energy, since = [], 0.0, 0.0, 0
@@ -412,7 +415,7 @@ def _identity(source: Source, jobs: list[_Job], solver: Solver | None) -> str:
     for file in source.files():
         status = file.stat()
         files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    facts = {"format": FORMAT_VERSION, "files": files,
+    facts = {"format": FORMAT_VERSION, "files": files, "method": jobs[0].method,
              "jobs": [[job.component, job.file, job.config, job.groups_per_scale, sorted(job.decisions.items())]
                       for job in jobs], **({} if solver is None else {"solver": solver.identity})}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

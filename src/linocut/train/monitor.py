@@ -58,12 +58,13 @@ class Monitor:
         found, sums = [], torch.zeros(6, dtype=torch.float64)
         for index, layer in enumerate(self.layers.values()):
             values, scales = codes_of(layer)
-            found.append(values)
+            found.append(values.cpu())  # of a big model they would take a tenth of a GPU's memory
+            before, first = (codes[index].to(values.device) if codes else None for codes in (self.before, self.first))
             groups = values.view(len(values), -1, GROUP_SIZE)
             sums += torch.tensor([
                 values.numel(), float((values == 0).sum()), float((groups == 0).all(-1).sum()), float(scales.sum()),
-                float((values != self.before[index]).sum()) if self.before else 0.0,
-                float((values != self.first[index]).sum()) if self.first else 0.0], dtype=torch.float64)
+                0.0 if before is None else float((values != before).sum()),
+                0.0 if first is None else float((values != first).sum())], dtype=torch.float64)
         if self.ranks.world > 1:
             sums = sums.to(self.ranks.device)
             dist.all_reduce(sums)

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from linocut.formats.checkpoint import Checkpoint
-from linocut.formats.writer import atomic_write_bytes, write_checkpoint
+from linocut.formats.writer import CheckpointWriter, atomic_write_bytes
 from linocut.models.convert import tensor_from
 from linocut.train.loop import Ranks, local
 from linocut.train.optimize import Average
-from linocut.train.weights import to_arrays
 
 _STATE, _CURRENT, _OWN = "state", "current.json", "own."
+_DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 
 
 def from_json(blob: Tensor) -> Any:
@@ -57,7 +57,12 @@ class Snapshot:
         tensors = {_OWN + name: value for name, value in own.items()} | self._random()
         if self.sharded or self.ranks.first:
             tensors |= dict(self._tensors())
-        write_checkpoint(target / f"rank.{self.ranks.rank}.safetensors", to_arrays(tensors, "F32"))
+        declared = [(name, "F32" if value.is_floating_point() else _DTYPES[value.dtype], tuple(value.shape))
+                    for name, value in tensors.items()]
+        with CheckpointWriter(target / f"rank.{self.ranks.rank}.safetensors", declared) as writer:
+            for name, value in tensors.items():  # one at a time: all of them fill a machine's memory
+                plain = value.detach().cpu().contiguous()
+                writer.write(name, (plain.float() if plain.is_floating_point() else plain).numpy())
         self._wait()
         if self.ranks.first:
             facts = {"folder": target.name, "step": step, "averaged": self.average.steps, "world": self.ranks.world,
