@@ -81,6 +81,7 @@ class Distillation:
                              loss=float(loss), errors=errors.tolist(), gradient=_number(norm), frozen=frozen,
                              sensitivity=None if seen is None else float(seen))
             if settings.sheet_every and step and step % settings.sheet_every == 0 and self.sheet is not None:
+                set_eps(self.transformer, 0.0)  # until the next step
                 with self.average.installed():
                     self.sheet(step)
             if schedule.saves:
@@ -89,7 +90,10 @@ class Distillation:
                     own |= {f"batch.{index}.{name}": value for name, value in batch.saved().items()}
                 self.snapshot.save(step + 1, own)
         if ranks.first and schedule.step:
-            plot(self.log, self.log.with_suffix(".svg"))
+            try:
+                plot(self.log, self.log.with_suffix(".svg"))
+            except Exception as error:  # a picture of curves is not worth a trained student
+                print(f"  no curves: {error}", flush=True)
 
     def saved_batch(self, index: int) -> dict[str, Tensor]:
         """What a batch left when the state was saved, empty at a fresh start."""
