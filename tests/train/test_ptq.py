@@ -247,3 +247,8 @@ def test_prompts_are_spread_over_the_file(tmp_path):
     assert read_prompts(file, 3) == ("prompt 0", "prompt 3", "prompt 6")
     assert len(read_prompts(file, 100)) == 10
     assert CalibrationSettings(("a", "b")).identity() != CalibrationSettings(("a", "c")).identity()
+
+
+def test_the_command_knows_every_method():
+    from linocut.cli.quantize import METHODS
+    assert tuple(LADDER) == METHODS
