@@ -202,6 +202,8 @@ def test_the_benchmark_tells_memory_speed_and_cost(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["samples_per_second"] == pytest.approx(8 * 2 / found["seconds_a_step"])
     assert found["peak_bytes_per_process"] > 1e8
+    assert found["samples_in_all"] == 8 * 8 * 2 * 8  # steps of a rehearsal, rows, batches, GPUs that it is meant for
+    assert found["gpu_hours"] == pytest.approx(found["samples_in_all"] / found["samples_per_second"] / 3600)
     by_gpus = {row["gpus"]: row for row in found["full_run"]}
     assert by_gpus[8]["hours"] == pytest.approx(by_gpus[1]["hours"] / 8)
     assert by_gpus[8]["cost"] == pytest.approx(by_gpus[1]["cost"]) == pytest.approx(2 * found["gpu_hours"])

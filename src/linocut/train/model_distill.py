@@ -261,13 +261,13 @@ def benchmark(recipe: ModelRecipe, encoding: str, run: Path, ranks: Ranks, steps
     rows = full.batch * full.accumulate * ranks.world
     memory = torch.cuda.max_memory_allocated(ranks.device) if ranks.device.type == "cuda" else _resident()
     most = int(_largest(memory, ranks))
-    hours = full.steps * each / 3600
-    table = [{"gpus": count, "steps": -(-full.steps * ranks.world // count), "hours": hours * ranks.world / count,
-              "cost": hours * ranks.world * price} for count in (1, 2, 8, 64)]
+    samples = full.steps * full.batch * full.accumulate * recipe.gpus
+    gpu_hours = samples * each * ranks.world / rows / 3600
+    table = [{"gpus": count, "hours": gpu_hours / count, "cost": gpu_hours * price} for count in (1, 2, 8, 64)]
     return {"recipe": recipe.name, "encoding": encoding, "processes": ranks.world, "device": str(ranks.device),
             "sharded": learner.sharded, "batch": full.batch, "accumulate": full.accumulate, "sizes": recipe.sizes,
-            "seconds_a_step": each, "samples_per_second": rows / each, "samples_in_all": rows * full.steps,
-            "peak_bytes_per_process": most, "gpu_hours": hours * ranks.world, "price_per_gpu_hour": price,
+            "seconds_a_step": each, "samples_per_second": rows / each, "samples_in_all": samples,
+            "peak_bytes_per_process": most, "gpu_hours": gpu_hours, "price_per_gpu_hour": price,
             "full_run": table}
 
 

@@ -49,7 +49,8 @@ class ModelQatSettings(QatSettings):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """`source` is a dense model: a folder or a name on the hub. Batches of `sizes` (width, height) take turns."""
+    """`source` is a dense model: a folder or a name on the hub. Batches of `sizes` (width, height) take turns. `gpus`
+    is how many processes the numbers of steps are meant for; on fewer, raise `accumulate` to see as many samples."""
 
     name: str
     source: str
@@ -60,6 +61,7 @@ class ModelRecipe:
     ternary: ModelQatSettings = field(default_factory=ModelQatSettings)
     binary: ModelQatSettings = field(default_factory=ModelQatSettings)
     held_out: tuple[str, ...] = ()
+    gpus: int = 8
     shapes: SyntheticModel | None = None  # of random weights: in rehearsals and benchmarks
 
     @classmethod
@@ -79,7 +81,7 @@ class ModelRecipe:
         students = [section(ModelQatSettings, table, name, path) for name in ("ternary", "binary")]
         recipe = cls(table["name"], table["source"], path.parent, tuple(tuple(size) for size in table["sizes"]),
                      section(PromptSettings, table, "prompts", path), section(PathSettings, table, "path", path),
-                     students[0], students[1], held_out)
+                     students[0], students[1], held_out, int(table.get("gpus", 8)))
         for name in ("ternary", "binary"):
             block = getattr(recipe, name).batch // recipe.path.grid
             if getattr(recipe, name).batch % recipe.path.grid or (getattr(recipe, name).contrast and block % 2):
