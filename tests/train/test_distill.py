@@ -13,7 +13,8 @@ from linocut.quantize.gptq import gptq
 from linocut.quantize.rounding import fake_quantize
 from linocut.train.calibrate import latent_weights
 from linocut.train.dataset import Captions
-from linocut.train.distill import _Journeys
+from linocut.train.distill import CaptionReader
+from linocut.train.journeys import Journeys
 from linocut.train.painter import grid_levels, jittered
 from linocut.train.recipe import Recipe
 
@@ -36,18 +37,27 @@ class Straight:
         return x
 
 
+def make_journeys(recipe: Recipe, captions: Captions, **more: object) -> Journeys:
+    width, (rows, columns) = recipe.transformer.joint_attention_dim, recipe.tokens
+    teacher = Straight(1.0, width)
+    reader = CaptionReader(teacher, Straight(3.0, width), captions)
+    return Journeys(recipe.path, grid_levels(recipe), teacher, reader, 8,
+                    (rows * columns, recipe.transformer.in_channels), (recipe.data.text_length, width),
+                    torch.device("cpu"), recipe.data.seed, **more)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     return Recipe.from_file(write_recipe(tmp_path))  # a grid of two steps, the second of which the teacher halves
 
 
 @pytest.fixture
-def journeys(recipe) -> _Journeys:
-    width, length = recipe.transformer.joint_attention_dim, recipe.data.text_length
+def journeys(recipe) -> Journeys:
+    length = recipe.data.text_length
     captions = Captions(torch.arange(100)[:, None].expand(-1, length).to(torch.int16).contiguous(),
                         torch.full((100,), 5, dtype=torch.int16))
     torch.manual_seed(0)
-    return _Journeys(recipe, Straight(1.0, width), Straight(3.0, width), captions, batch=8)
+    return make_journeys(recipe, captions)
 
 
 def test_rows_are_spread_over_the_steps_and_change_places(journeys):
@@ -84,10 +94,10 @@ def test_some_routes_have_levels_of_their_own(recipe):
     assert 0.93 < max(second) <= 0.95
     assert 0.35 <= min(third) < 0.4
     assert 0.76 < max(third) <= 0.8
-    width, length = recipe.transformer.joint_attention_dim, recipe.data.text_length
+    length = recipe.data.text_length
     captions = Captions(torch.zeros(9, length, dtype=torch.int16), torch.full((9,), 5, dtype=torch.int16))
     jumpy = replace(recipe, path=replace(recipe.path, jitter=1.0))
-    made = _Journeys(jumpy, Straight(1.0, width), Straight(1.0, width), captions, batch=8)
+    made = make_journeys(jumpy, captions)
     assert made.sigma(1)[:4].unique().tolist() != [grid_levels(recipe)[1]]
     before, target = made.x.clone(), made.target(0)
     made.move(0, target, target)

@@ -26,14 +26,16 @@ from linocut.train.autoencoder import load_vae
 from linocut.train.corpus import make_scenes
 from linocut.train.dataset import LatentBank, make_tokenizer
 from linocut.train.export import FOLDERS, quantized
+from linocut.train.monitor import read_lines
 from linocut.train.naming import names_of
 from linocut.train.optimize import Average
 from linocut.train.painter import Painter
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
 from linocut.train.sheet import split_grid
+from linocut.train.snapshot import Snapshot
 from linocut.train.stages import run_stage
-from linocut.train.weights import State, load_weights
+from linocut.train.weights import load_weights
 
 CPU = torch.device("cpu")
 
@@ -223,17 +225,20 @@ def test_a_stage_that_was_cut_goes_on_from_its_saved_state(trained, tmp_path, mo
     assert " 11/20 " in said
     assert " 10/20 " not in said
     assert [path.name for path in (tmp_path / stage).iterdir()] == ["model.safetensors"]
+    if stage == "ternary":
+        assert [line["step"] for line in read_lines(tmp_path / "ternary.jsonl")] == list(range(20))
 
 
 def test_a_stage_cut_after_its_time_writes_what_it_had(trained, tmp_path, monkeypatch):
     for done in ("vae", "tokenizer", "teacher"):
         shutil.copytree(trained.run / done, tmp_path / done)
     recipe = replace(trained.recipe, binary=replace(trained.recipe.binary, steps=20, save_every=5))
-    monkeypatch.setattr(State, "drop", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Snapshot, "drop", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_stage("binary", recipe, tmp_path, trained.sprites, "cpu")
     monkeypatch.undo()
-    with Checkpoint.open(tmp_path / "binary" / "state") as state:
+    (saved,) = (tmp_path / "binary" / "state").glob("step.*/rank.0.safetensors")
+    with Checkpoint.open(saved) as state:
         averages = {name: state.array(name).copy() for name in state.names if name.startswith("average.")}
     run_stage("binary", recipe, tmp_path, trained.sprites, "cpu", until=0.0)
     painter = trained.student("binary")

@@ -49,6 +49,21 @@ def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
     return codes.to(torch.int8), scales
 
 
+def corrected(weight: Tensor, hessian: Tensor, cross: Tensor, share: float, damping: float = 0.05) -> Tensor:
+    """The weights [O, N] whose outputs on inputs x come nearest those of `weight` on other inputs y, or a share of the
+    way there (0 to 1): what a layer has to round so that it makes up for rounded layers before it.
+
+    `hessian` is the sum of x x^T, `cross` that of y x^T, with y what the layer would see if nothing were rounded.
+    """
+    if not share:
+        return weight
+    h = hessian.double()
+    ridge = damping * h.diagonal().mean().clamp_min(1e-30) * torch.eye(len(h), device=h.device, dtype=h.dtype)
+    step = torch.linalg.solve(h + ridge, (weight.double() @ (cross.double() - h)).T).T
+    result: Tensor = weight + share * step.to(weight.dtype)
+    return result
+
+
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Relative squared error of the layer's outputs over the calibration tokens."""
     w, d, h = weight.double(), (weight - quantized).double(), hessian.double()

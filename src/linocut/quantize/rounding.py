@@ -7,7 +7,9 @@ Every scale is rounded to FP16 and clamped to [2^-24, 65504] *before* codes are 
 measured, so what is optimised here is what a packed file decodes to. A binary 0 becomes +1; a ternary group without
 a kept weight gets the smallest scale and all zeros.
 
-Two methods:
+Methods:
+- `absmean` is BitNet's (scale mean|w|, every weight to the nearest value): in no respect better than the others, the
+  baseline that they are measured against.
 - `exact` is the optimum for the weights as they are: for ternary the argmax over k of S_k^2 / k, where S_k sums the k
   largest magnitudes (the threshold that results is always half the scale); for affine4 a search over clipped ranges and
   their neighbours, whose squared error is within one percent of the best that any scale and zero point give.
@@ -43,7 +45,7 @@ from linocut.formats.packed import (
 )
 
 TERNARY_THRESHOLD = 0.75
-METHODS = ("exact", "tied")
+METHODS = ("absmean", "exact", "tied")
 # Fractions of a group's range that the affine4 search tries; clipping the tails often lowers the squared error.
 _AFFINE_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 # What it then tries around the best of these: factors of the scale and steps of the zero point, coarse and then fine.
@@ -73,13 +75,14 @@ def quantize_binary(w: Tensor, groups_per_scale: int = 1) -> tuple[Tensor, Tenso
 
 def quantize_ternary(w: Tensor, method: str = "exact", groups_per_scale: int = 1) -> tuple[Tensor, Tensor]:
     """Ternary weights: values int8 [O, N] of -1/0/+1 and scales float32 [O, G]; least squares if method is exact."""
-    return _solve(w, _ternary_exact if _check_method(method) == "exact" else _ternary_tied, groups_per_scale)
+    solvers = {"absmean": _ternary_absmean, "exact": _ternary_exact, "tied": _ternary_tied}
+    return _solve(w, solvers[_check_method(method)], groups_per_scale)
 
 
 def quantize_affine4(w: Tensor, method: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
     """4-bit weights w = (code - zero) * scale: codes uint8 [O, N], scales float32 [O, G], zeros uint8 [O, G]."""
     grouped = _grouped(w, AFFINE_GROUP_SIZE)
-    signed, scales, zeros = _affine_search(grouped) if _check_method(method) == "exact" else _affine_range(grouped)
+    signed, scales, zeros = _affine_range(grouped) if _check_method(method) == "tied" else _affine_search(grouped)
     codes = (signed + zeros).to(torch.uint8).view(w.shape)
     return codes, scales.squeeze(-1), zeros.squeeze(-1).to(torch.uint8)
 
@@ -228,6 +231,11 @@ def _solve(w: Tensor, solver: Callable[[Tensor], tuple[Tensor, Tensor]],
 def _binary(g: Tensor) -> tuple[Tensor, Tensor]:
     scales = round_scale(g.abs().mean(-1, keepdim=True))
     return torch.where(g >= 0, 1.0, -1.0), scales
+
+
+def _ternary_absmean(g: Tensor) -> tuple[Tensor, Tensor]:
+    scales = round_scale(g.abs().mean(-1, keepdim=True))
+    return (g / scales).round().clamp(-1.0, 1.0), scales
 
 
 def _ternary_tied(g: Tensor) -> tuple[Tensor, Tensor]:

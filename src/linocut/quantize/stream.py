@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,13 +34,14 @@ from linocut.quantize.rounding import quantize_tensor, squared_error
 from linocut.quantize.source import Reader, Source, open_source, text_encoder_names
 from linocut.quantize.workplace import carry, check_apart, check_destination, check_disk, publish, workplace
 
-__all__ = ["Report", "TensorReport", "quantization_config", "quantize_folder"]
+__all__ = ["Report", "Solved", "Solver", "TensorReport", "quantization_config", "quantize_folder"]
 
 OnProgress = Callable[[int, int, str], None]
 MakeTable = Callable[[Mapping[str, Any], Mapping[str, Any], Checkpoint], Mapping[str, np.ndarray]]
 """From a transformer's config, the model's settings and the layers that see the noise level to a table's tensors."""
 TEXT_ENCODER_CHOICES = ("affine4", "keep")
 TIMESTEP_WEIGHTS = "timestep_weights"  # the name of their file's job
+SCRATCH = "solving"  # what a solver keeps in the hidden folder while it works
 
 _ROW_BLOCK = 1 << 21  # weights that one thread rounds at a time
 _RELEASE_EVERY = 1 << 25  # weights after which the source's pages may leave memory
@@ -48,7 +50,10 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one weight. error and energy are |w - q|^2 and |w|^2; a dense tensor has no error."""
+    """What became of one weight. error and energy are |w - q|^2 and |w|^2; a dense tensor has no error.
+
+    `output_error` is the relative squared error of the layer's outputs, where a solver has measured it.
+    """
 
     component: str
     name: str
@@ -59,6 +64,7 @@ class TensorReport:
     reason: str
     error: float = 0.0
     energy: float = 0.0
+    output_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -80,7 +86,7 @@ class TensorReport:
 class Report:
     """The result of a run: every tensor, the seconds it took and how many tensors an earlier run had finished.
 
-    `timestep_table` is the size in bytes of the table's file, 0 if none was made.
+    `timestep_table` is the size in bytes of the table's file, 0 if none was made. `solving` is what a solver says.
     """
 
     destination: Path
@@ -88,6 +94,7 @@ class Report:
     seconds: float
     resumed: int
     timestep_table: int = 0
+    solving: dict[str, Any] = field(default_factory=dict)
 
     def of(self, component: str) -> list[TensorReport]:
         """The tensors of "transformer", "timestep_weights" or "text_encoder"."""
@@ -111,12 +118,38 @@ class Report:
         components = dict.fromkeys(tensor.component for tensor in self.tensors)
         return {
             "destination": str(self.destination), "seconds": round(self.seconds, 3), "resumed_tensors": self.resumed,
-            "timestep_table_bytes": self.timestep_table,
+            "timestep_table_bytes": self.timestep_table, **({"solving": self.solving} if self.solving else {}),
             "totals": {component: self.totals(component) for component in components},
             "tensors": [{"component": t.component, "name": t.name, "encoding": t.encoding, "shape": list(t.shape),
                          "bytes": t.nbytes, "bits_per_weight": t.bits_per_weight, "reason": t.reason,
-                         "relative_error": None if t.encoding == DENSE else t.relative_error} for t in self.tensors],
+                         "relative_error": None if t.encoding == DENSE else t.relative_error,
+                         **({} if t.output_error is None else {"output_error": t.output_error})}
+                        for t in self.tensors],
         }
+
+
+class Solved(Protocol):
+    """What a solver made: weights by module path, others are rounded as ever."""
+
+    summary: dict[str, Any]
+
+    def weight(self, name: str) -> tuple[PackedTensor, TensorReport] | None:
+        """The packed weight of a module and its figures, or None for one that the solver did not round."""
+
+
+class Solver(Protocol):
+    """Rounds a transformer's weights looking at more than each alone, such as at what goes into the layers."""
+
+    identity: str
+    """All that the result depends on, besides source and policy."""
+
+    def scratch_nbytes(self, source: Source, encodings: Mapping[str, str]) -> int:
+        """Bytes that `solve` will write into its folder."""
+
+    def solve(self, source: Source, encodings: Mapping[str, str], work: Path, on_progress: OnProgress | None) -> Solved:
+        """Round the weights of `source.transformer`. `encodings` has every module of the transformer with its
+        encoding or "dense". `work` is the hidden folder, where the text encoder lies packed if it is to be; what is in
+        `work / SCRATCH` is the solver's own, and is there again if a run before was cut."""
 
 
 @dataclass
@@ -130,6 +163,7 @@ class _Job:
     config: dict[str, Any]
     policy: Policy
     groups_per_scale: int = 1
+    method: str = "exact"
     decisions: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,7 +188,7 @@ class _Job:
             targets = {name: source for name, source in self.targets.items() if is_timestep(name) == timestep}
             decisions = {name: self.decisions[name] for name in targets}
             parts.append(_Job(component, file, self.reader, targets, self.config, self.policy,
-                              self.groups_per_scale, decisions))
+                              self.groups_per_scale, self.method, decisions))
         return parts[0], parts[1]
 
     @property
@@ -192,13 +226,15 @@ def quantization_config(policy: Policy, groups_per_scale: int = 1) -> dict[str, 
 def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Policy | None = None,
                     text_encoder: str = "affine4", force: bool = False, threads: int | None = None,
                     on_progress: OnProgress | None = None, make_table: MakeTable | None = None,
-                    tie_scales: bool = False) -> Report:
+                    tie_scales: bool = False, solver: Solver | None = None, method: str = "exact") -> Report:
     """Quantize `src` (model folder, transformer folder, transformer file or hub id) into the model folder `dst`.
 
     encoding ("binary" or "ternary") with the FLUX.2 preset, or `policy` for any other choice or model. The text
     encoder becomes affine4, cut after the last layer in use, or is kept as it is; all else goes along by hard link
     or copy. `make_table` makes a timestep table (`formats.timestep_table`), and the layers that it stands for go into a
-    file of their own. With `tie_scales` every two neighbouring binary or ternary groups share a scale.
+    file of their own. With `tie_scales` every two neighbouring binary or ternary groups share a scale; a `solver`
+    rounds the transformer's weights instead, with a scale for every group. `method` is that of `quantize.rounding`:
+    "tied" for latent weights of a trained student.
     on_progress(weights done, weights in all, tensor). Any exception, KeyboardInterrupt included, leaves `dst` as it was
     and the finished tensors for the next run. Raises UsageError for a quantized source, an existing `dst` without
     `force` and a full disk, PolicyError for a model that the policy does not fit.
@@ -206,30 +242,49 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
     start = time.monotonic()
     if text_encoder not in TEXT_ENCODER_CHOICES:
         raise UsageError(f"unknown text encoder choice {text_encoder!r}; choose from affine4, keep")
+    if solver is not None and tie_scales:
+        raise UsageError("tied scales go with plain rounding only (method exact)")
     dst = Path(dst).expanduser().absolute()
     check_destination(dst, force)
     source = open_source(src, pack_text_encoder=text_encoder == "affine4")
     threads_before = torch.get_num_threads()
     try:
         check_apart(source.path, dst)
-        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None, 1 + tie_scales)
-        with workplace(dst, _identity(source, jobs)) as work:
-            check_disk(work, sum(job.nbytes for job in jobs), list(source.carried.values()))
+        jobs = _jobs(source, policy or Policy.preset("flux2", encoding), make_table is not None, 1 + tie_scales,
+                     method)
+        with workplace(dst, _identity(source, jobs, solver)) as work:
+            encodings = {name.removesuffix(".weight"): encoding for job in jobs if job.component != "text_encoder"
+                         for name, (encoding, _) in job.decisions.items()}
+            scratch = 0 if solver is None else solver.scratch_nbytes(source, encodings)
+            check_disk(work, sum(job.nbytes for job in jobs) + scratch, list(source.carried.values()))
+            solved: Solved | None = None
+            fresh = 0
+            if solver is not None:  # it wants to know what the packed text encoder makes of prompts
+                made, known = _run(work, [job for job in jobs if job.component == "text_encoder"],
+                                   threads or threads_before, on_progress)
+                fresh = len(made) - known
+                if threads:
+                    torch.set_num_threads(threads)
+                solved = solver.solve(source, encodings, work, on_progress)
             torch.set_num_threads(1)  # row blocks run side by side; threads inside each would only get in the way
-            reports, resumed = _run(work, jobs, threads or threads_before, on_progress)
+            reports, resumed = _run(work, jobs, threads or threads_before, on_progress, solved)
+            resumed -= fresh
             table_nbytes = 0 if make_table is None else _write_table(work, jobs[1], source.settings, make_table)
             _complete(work, jobs, source, make_table is not None)
+            summary = {} if solved is None else solved.summary
+            del solved  # before the files that it reads
+            shutil.rmtree(work / SCRATCH, ignore_errors=True)
             publish(work, dst, force)
     finally:
         torch.set_num_threads(threads_before)
         source.close()
-    return Report(dst, reports, time.monotonic() - start, resumed, table_nbytes)
+    return Report(dst, reports, time.monotonic() - start, resumed, table_nbytes, summary)
 
 
-def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int) -> list[_Job]:
+def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int, method: str) -> list[_Job]:
     transformer = _Job("transformer", "transformer/diffusion_pytorch_model.safetensors", source.transformer,
                        {name: name for name in source.transformer.names}, source.transformer_config, policy,
-                       groups_per_scale)
+                       groups_per_scale, method)
     if table and not any(map(is_timestep, transformer.targets)):
         raise UsageError(f"{source.path}: has none of the layers that a timestep table stands for; leave out "
                          "--timestep-table")
@@ -243,7 +298,8 @@ def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int) ->
 
 # ------------------------------------------------------------------------------------------------ the work itself
 
-def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> tuple[list[TensorReport], int]:
+def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | None, solved: Solved | None = None,
+         ) -> tuple[list[TensorReport], int]:
     total, done, resumed = sum(job.weights for job in jobs), 0, 0
     reports: list[TensorReport] = []
     pool = ThreadPoolExecutor(workers, thread_name_prefix="linocut-quantize")
@@ -266,8 +322,10 @@ def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | N
                         report = earlier[stored]
                         resumed += 1
                     else:
+                        made = None if solved is None or encoding == DENSE or job.component == "text_encoder" else (
+                            _write_solved(job, name, stored, writer, solved))
                         write = _write_dense if encoding == DENSE else _write_packed
-                        report = write(job, name, stored, writer, pool)
+                        report = made or write(job, name, stored, writer, pool)
                         with open(log, "a", encoding="utf-8") as file:
                             file.write(json.dumps(asdict(report)) + "\n")
                     reports.append(report)
@@ -288,7 +346,7 @@ def _write_packed(job: _Job, name: str, stored: str, writer: CheckpointWriter, p
 
     def work(first: int) -> tuple[PackedTensor, float, float]:
         block = _tensor(array[first : first + rows], info.dtype)
-        packed = quantize_tensor(block, encoding, name=name, groups_per_scale=job.groups_per_scale)
+        packed = quantize_tensor(block, encoding, job.method, name, job.groups_per_scale)
         return packed, *squared_error(block, packed)
 
     blocks, error, energy, since = [], 0.0, 0.0, 0
@@ -304,6 +362,16 @@ def _write_packed(job: _Job, name: str, stored: str, writer: CheckpointWriter, p
     job.reader.release(job.targets[name])
     return TensorReport(job.component, stored, encoding, info.shape, sum(block.nbytes for block in blocks),
                         info.nbytes, reason, error, energy)
+
+
+def _write_solved(job: _Job, name: str, stored: str, writer: CheckpointWriter, solved: Solved) -> TensorReport | None:
+    found = solved.weight(stored)
+    if found is None:
+        return None
+    packed, report = found
+    writer.write(stored, packed)
+    info = job.reader.info(job.targets[name])
+    return replace(report, source_nbytes=info.nbytes, reason=job.decisions[name][1])
 
 
 def _write_dense(job: _Job, name: str, stored: str, writer: CheckpointWriter, _: ThreadPoolExecutor) -> TensorReport:
@@ -341,15 +409,15 @@ def _read_log(path: Path) -> dict[str, TensorReport]:
 
 # ---------------------------------------------------------------------------------------------------------- the end
 
-def _identity(source: Source, jobs: list[_Job]) -> str:
+def _identity(source: Source, jobs: list[_Job], solver: Solver | None) -> str:
     """What the hidden folder was begun for: the source's files and every decision."""
     files = []
     for file in source.files():
         status = file.stat()
         files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
-    facts = {"format": FORMAT_VERSION, "files": files,
+    facts = {"format": FORMAT_VERSION, "files": files, "method": jobs[0].method,
              "jobs": [[job.component, job.file, job.config, job.groups_per_scale, sorted(job.decisions.items())]
-                      for job in jobs]}
+                      for job in jobs], **({} if solver is None else {"solver": solver.identity})}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -56,6 +56,10 @@ class Captions:
             lengths.append(mask.sum(1).to(torch.int16))
         return cls(torch.cat(rows).to(device), torch.cat(lengths).to(device))
 
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """(ids, mask) of captions drawn at random."""
+        return self.pick(torch.randint(len(self.ids), (count,), device=self.ids.device))
+
     def pick(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, mask), int64 [B, T], of captions."""
         ids, lengths = self.ids[index].long(), self.lengths[index].long()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from linocut.errors import UsageError
 from linocut.train.recipe import StageSettings
@@ -38,14 +39,7 @@ class Ranks:
         Raises UsageError for a device that does not exist.
         """
         world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-        try:
-            chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError:
-            raise UsageError(f"unknown device {device!r}; choose cpu, cuda or cuda:N") from None
-        if chosen == torch.device("cuda"):
-            chosen = torch.device("cuda", local)
-        if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-            raise UsageError(f"no device {chosen}: torch sees {torch.cuda.device_count()} CUDA GPUs here")
+        chosen = chosen_device(device, local)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
             torch.backends.cudnn.benchmark = True  # shapes are few and fixed
@@ -80,6 +74,22 @@ class Ranks:
         if self.world > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, 0)
+
+
+def chosen_device(device: str | None, local: int = 0) -> torch.device:
+    """The device that a name means (such as "cpu" or "cuda:1"); without one GPU number `local`, or else the CPU.
+
+    Raises UsageError for a device that does not exist.
+    """
+    try:
+        chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}; choose cpu, cuda or cuda:N") from None
+    if chosen == torch.device("cuda"):
+        chosen = torch.device("cuda", local)
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
+        raise UsageError(f"no device {chosen}: torch sees {torch.cuda.device_count()} CUDA GPUs here")
+    return chosen
 
 
 class Schedule:
@@ -131,17 +141,28 @@ class Schedule:
     @property
     def rate(self) -> float:
         warm = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-        return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+        constant = self.settings.constant
+        falling = max(0.0, self.progress - constant) / (1 - constant)
+        return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling)))
 
     @property
     def due(self) -> bool:
         """Whether the state should be saved after this step, by the first process."""
-        return self.ranks.first and self.step > 0 and self.step % self.settings.save_every == 0
+        return self.ranks.first and self.saves
+
+    @property
+    def saves(self) -> bool:
+        """Whether the state should be saved after this step, by every process."""
+        return self.step > 0 and self.step % self.settings.save_every == 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether it is time to look closer, in every process: at every `log_every`-th step and the last."""
+        return self.step % self.settings.log_every == 0 or self.step == self.steps - 1
 
     def log(self, make: Callable[..., str], force: bool = False) -> None:
         """Print the line that `make()` gives, in the first process, at every `log_every`-th step and the last."""
-        due = self.step % self.settings.log_every == 0 or self.step == self.steps - 1
-        if self.ranks.first and (due or force):
+        if self.ranks.first and (self.looks or force):
             seconds = time.monotonic() - self.ranks.began
             print(f"  {self.step:6d}/{self.steps} {seconds:6.0f} s  {make()}", flush=True)
 
@@ -162,6 +183,11 @@ def stop_in_order() -> None:
 def stopped() -> bool:
     """Whether SIGTERM came."""
     return bool(_stop)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: all of it unless it is dealt out among processes (FSDP2)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def autocast(device: torch.device) -> torch.autocast:

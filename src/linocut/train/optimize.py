@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linocut.train.loop import local
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024: fast, to singular values near 1
 
 
@@ -90,26 +92,34 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay, self.steps = module, decay, 0
-        self.shadow = [parameter.detach().clone() for parameter in module.parameters()]
+        self.shadow = [part.clone() for part in self._parts()]
+
+    def restart(self) -> None:
+        """Forget all but the module as it is."""
+        self.steps = 0
+        torch._foreach_copy_(self.shadow, self._parts())
+
+    def _parts(self) -> list[Tensor]:
+        return [local(parameter.detach()) for parameter in self.module.parameters()]
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.module.parameters()], 1 - decay)
+        torch._foreach_lerp_(self.shadow, self._parts(), 1 - decay)
 
     @torch.no_grad()
     def install(self) -> None:
         """Put the average into the module (training is over)."""
-        for parameter, value in zip(self.module.parameters(), self.shadow, strict=True):
-            parameter.copy_(value)
+        for part, value in zip(self._parts(), self.shadow, strict=True):
+            part.copy_(value)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The module holds the average inside the block and its own weights again after it."""
-        own = [parameter.detach().clone() for parameter in self.module.parameters()]
+        own = [part.clone() for part in self._parts()]
         self.install()
         yield
         with torch.no_grad():
-            for parameter, value in zip(self.module.parameters(), own, strict=True):
-                parameter.copy_(value)
+            for part, value in zip(self._parts(), own, strict=True):
+                part.copy_(value)

@@ -17,6 +17,7 @@ from linocut.errors import UsageError
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 
 T = TypeVar("T")
+LOSSES = ("velocity", "normalized")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class DataSettings:
 class StageSettings:
     """Length and optimizer of a stage. `batch` is per process; `max_seconds` shortens the schedule if needed.
 
-    Every `save_every` steps all that is needed to go on after a cut is written.
+    Every `save_every` steps all that is needed to go on after a cut is written. The learning rate stays at its peak for
+    the share `constant` of the schedule.
     """
 
     steps: int = 1000
@@ -46,6 +48,7 @@ class StageSettings:
     ema: float = 0.999
     log_every: int = 100
     save_every: int = 1500
+    constant: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,32 @@ class PathSettings:
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
-    prompts (0 for none) the student starts from GPTQ codes."""
+    prompts (0 for none) the student starts from GPTQ codes.
+
+    `loss` is the mean squared error of the "velocity", or that divided by what part of the velocity prompts decide at
+    each step of the grid ("normalized": the variance over prompts of the clean picture that the teacher foresees).
+    `contrast` weighs the error of the difference that another prompt makes to the velocity, at the first half of the
+    grid, where rows then go in pairs with the same noise. For the last share `freeze` of the schedule codes stay as the
+    average has them, and scales and dense tensors learn on. Gradients of `accumulate` batches make one update. Every
+    `sheet_every` steps (0 for never) the averaged student draws the held-out prompts."""
 
     scenes: int = 100_000
     calibrate: int = 0
     residual: float = 0.5
     anneal: float = 0.25
     on_policy: float = 0.5
+    loss: str = "velocity"
+    contrast: float = 0.0
+    freeze: float = 0.0
+    accumulate: int = 1
+    sheet_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UsageError(f"unknown loss {self.loss!r}; choose from {', '.join(LOSSES)}")
+        if not 0 <= self.freeze < 1 or self.accumulate < 1 or self.contrast < 0:
+            raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1 and contrast >= 0; found {self.freeze}, "
+                             f"{self.accumulate} and {self.contrast}")
 
 
 @dataclass(frozen=True)
@@ -139,10 +161,10 @@ class Recipe:
             transformer=Flux2Config.from_dict(table["transformer"]),
             text_encoder=Qwen3Config.from_dict(table["text_encoder"]),
             autoencoder=AutoencoderConfig.from_dict(table["autoencoder"]),
-            data=_section(DataSettings, table, "data", path), vae=_section(VaeSettings, table, "vae", path),
-            teacher=_section(TeacherSettings, table, "teacher", path),
-            path=_section(PathSettings, table, "path", path),
-            ternary=_section(QatSettings, table, "ternary", path), binary=_section(QatSettings, table, "binary", path))
+            data=section(DataSettings, table, "data", path), vae=section(VaeSettings, table, "vae", path),
+            teacher=section(TeacherSettings, table, "teacher", path),
+            path=section(PathSettings, table, "path", path),
+            ternary=section(QatSettings, table, "ternary", path), binary=section(QatSettings, table, "binary", path))
         if recipe.teacher.start:
             recipe = replace(recipe, teacher=replace(recipe.teacher, start=str(path.parent / recipe.teacher.start)))
         recipe._check(path)
@@ -172,6 +194,9 @@ class Recipe:
             if getattr(self, name).batch % self.path.grid:
                 raise UsageError(f"{path}: {name}.batch must be a multiple of path.grid = {self.path.grid}, "
                                  f"found {getattr(self, name).batch}")
+            if getattr(self, name).contrast and getattr(self, name).batch // self.path.grid % 2:
+                raise UsageError(f"{path}: with {name}.contrast rows go in pairs; {name}.batch must be a multiple of "
+                                 f"{2 * self.path.grid}, found {getattr(self, name).batch}")
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -180,7 +205,8 @@ class Recipe:
         return side, side
 
 
-def _section(kind: type[T], table: Mapping[str, Any], name: str, path: Path) -> T:
+def section(kind: type[T], table: Mapping[str, Any], name: str, path: Path) -> T:
+    """The settings of a table in a recipe. Raises UsageError for a key that they do not have."""
     values = dict(table.get(name, {}))
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if set(values) - known:

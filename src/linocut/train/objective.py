@@ -1,0 +1,59 @@
+"""What a student is told of its velocity v_S, given the teacher's v_T at the same states.
+
+- *velocity*: the mean squared error.
+- *normalized*: the same, divided at each step of the grid by the variance over prompts of x0 / sigma, with
+  x0 = x - sigma v_T the clean picture that the teacher foresees. Near sigma 1 most of the velocity is a copy of the
+  noise in x; an error relative to all of it hides that a student no longer reads its prompt.
+- *contrast*, beside either: rows i and j with the same noise and other prompts,
+  |(v_S,i - v_S,j) - (v_T,i - v_T,j)|^2 / |v_T,i - v_T,j|^2, at the first half of the grid, where states are noise still
+  and what is decided is the composition.
+
+Shape letters: B batch, I image tokens, C channels, K steps of the grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linocut.train.loop import Ranks
+
+_MEMORY = 0.99  # of the running variance
+
+
+class Objective:
+    """A loss that remembers how much prompts decide at each step of the grid, whose errors count by `weights` [K]."""
+
+    def __init__(self, loss: str, contrast: float, grid: int, ranks: Ranks) -> None:
+        self.loss, self.contrast, self.grid, self.ranks = loss, contrast, grid, ranks
+        self.variance = torch.zeros(grid, device=ranks.device)
+        self.errors = torch.zeros(grid, device=ranks.device)  # of the last batch, mean by step of the grid
+        self.sensitivity: Tensor | None = None
+
+    def __call__(self, v: Tensor, target: Tensor, x: Tensor, sigma: Tensor, stage: Tensor, weights: Tensor) -> Tensor:
+        """The loss of velocities v and target [B, I, C] at states x, noise levels sigma [B] and steps stage [B]."""
+        errors = (v - target).square().flatten(1).mean(1)
+        self.errors = torch.zeros_like(self.errors).index_add_(0, stage, errors.detach()) / (len(stage) / self.grid)
+        weight = weights[stage]
+        if self.loss == "normalized":
+            self._measure(target, x, sigma, stage)
+            weight = weight / self.variance[stage]
+        loss = (errors * weight).mean()
+        if self.contrast:
+            loss = loss + self.contrast * self._contrast(v, target, stage)
+        return loss
+
+    @torch.no_grad()
+    def _measure(self, target: Tensor, x: Tensor, sigma: Tensor, stage: Tensor) -> None:
+        foreseen = (x - sigma[:, None, None] * target) / sigma[:, None, None]
+        now = torch.stack([foreseen[stage == each].var(0).mean() for each in range(self.grid)])
+        self.ranks.average([now])
+        fresh = self.variance == 0
+        self.variance = torch.where(fresh, now, _MEMORY * self.variance + (1 - _MEMORY) * now).clamp_min(1e-8)
+
+    def _contrast(self, v: Tensor, target: Tensor, stage: Tensor) -> Tensor:
+        early = (stage < (self.grid + 1) // 2)[::2]
+        own, wanted = (v[::2] - v[1::2])[early], (target[::2] - target[1::2])[early]
+        energy = wanted.square().mean().clamp_min(1e-12)
+        self.sensitivity = (own.detach().square().mean() / energy).sqrt()
+        return (own - wanted).square().mean() / energy
