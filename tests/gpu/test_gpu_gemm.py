@@ -82,3 +82,22 @@ def test_results_in_sixteen_bits(device):
         out = torch.zeros(9, 40, dtype=dtype, device=device)
         gemm.product(act, *scratch("unpacked", packed, device), out, SMALL[0])
         assert relative(out, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["int8", "rows", "fp8"])
+def test_tokens_may_be_rounded_and_multiplied_in_parts(device, kind):
+    packed, x = random_packed("ternary", 40, 384), normal(30, 384).to(device)
+    whole, parts = (Activations.empty(kind, 30, 384, device) for _ in range(2))
+    rows.quantize(x, whole)
+    wanted, found = (torch.zeros(30, 40, device=device) for _ in range(2))
+    given = scratch("fp8" if kind == "fp8" else "unpacked", packed, device)
+    gemm.product(whole, *given, wanted, SMALL[0])
+    for start, stop in ((0, 11), (11, 30)):
+        rows.quantize(x[start:stop], parts.rows(start, stop))
+        gemm.product(parts.rows(start, stop), *given, found[start:stop], SMALL[0])
+    assert torch.equal(found, wanted)
+    if kind == "int8":
+        found.zero_()
+        for start, stop in ((0, 11), (11, 30)):
+            gemm.packed_product(parts.rows(start, stop), on_device(packed, device), found[start:stop], SMALL[0])
+        assert relative(found, wanted) < 1e-6

@@ -10,8 +10,8 @@ from linocut.kernels.gpu import rows
 from linocut.kernels.gpu.activations import KINDS, Activations
 from linocut.models import flux2
 
-# Of the result's norm: half a step on average. The interpreter cuts bfloat16 off instead of rounding it, and forgets the
-# carry where FP8 is rounded up to the next power of two.
+# Of the result's norm: half a step on average. The interpreter cuts bfloat16 off instead of rounding it, and forgets
+# the carry where FP8 is rounded up to the next power of two.
 TOLERANCE = {"int8": 0.01, "rows": 0.02, "fp8": 0.035 if torch.cuda.is_available() else 0.08, "float": 1e-2}
 
 

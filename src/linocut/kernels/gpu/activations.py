@@ -30,7 +30,7 @@ class Activations:
     values: Tensor
     """[M, N], contiguous."""
     scales: Tensor | None
-    """float32: [G, M] for int8 and fp8, [M] for rows."""
+    """float32: [G, M] for int8 and fp8, whose rows may lie apart; [M] for rows."""
 
     @classmethod
     def empty(cls, kind: str, m: int, n: int, device: torch.device | str,
@@ -54,6 +54,16 @@ class Activations:
     def n(self) -> int:
         """Number of features."""
         return self.values.shape[1]
+
+    def rows(self, start: int, stop: int) -> "Activations":
+        """Tokens start..stop as views; no copy."""
+        scales = None if self.scales is None else self.scales[..., start:stop]
+        return Activations(self.kind, self.values[start:stop], scales)
+
+    @property
+    def scale_stride(self) -> int:
+        """Scales between one group's and the next group's."""
+        return 0 if self.scales is None else self.scales.stride(0)
 
     def dequantize(self) -> Tensor:
         """float32 [M, N]: what the products see."""

@@ -57,8 +57,9 @@ def _place(m, o, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.cons
 
 
 @triton.jit
-def _product(x, x_scales, w, w_scales, y, m, o, stride_y, N: tl.constexpr, SCALES: tl.constexpr, FP8: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr, BULK: tl.constexpr):
+def _product(x, x_scales, w, w_scales, y, m, o, stride_y, stride_scales, N: tl.constexpr, SCALES: tl.constexpr,
+             FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr,
+             BULK: tl.constexpr):
     """x and w are descriptors of [BLOCK_M, 128] and [BLOCK_O, 128] if BULK, else pointers."""
     first_m, first_o = _place(m, o, BLOCK_M, BLOCK_O, TOGETHER)
     row, column = first_m + tl.arange(0, BLOCK_M), first_o + tl.arange(0, BLOCK_O)
@@ -82,7 +83,7 @@ def _product(x, x_scales, w, w_scales, y, m, o, stride_y, N: tl.constexpr, SCALE
         for group in range(N // 128):
             scale = tl.load(w_scales + group * o + column_in)[None, :]
             if SCALES == GROUPED:
-                scale = scale * tl.load(x_scales + group * m + row_in)[:, None]
+                scale = scale * tl.load(x_scales + group * stride_scales + row_in)[:, None]
             if BULK:
                 a, b = x.load([first_m, group * 128]), w.load([first_o, group * 128]).T
             else:
@@ -99,8 +100,9 @@ def _product(x, x_scales, w, w_scales, y, m, o, stride_y, N: tl.constexpr, SCALE
 
 
 @triton.jit
-def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, row_bytes, N: tl.constexpr, TERNARY: tl.constexpr,
-                    LAST_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):
+def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, stride_scales, row_bytes, N: tl.constexpr,
+                    TERNARY: tl.constexpr, LAST_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+                    TOGETHER: tl.constexpr):
     """The tile is computed transposed, [O, M]: then what is decoded goes to the tensor cores out of registers."""
     first_m, first_o = _place(m, o, BLOCK_M, BLOCK_O, TOGETHER)
     row, column = first_m + tl.arange(0, BLOCK_M), first_o + tl.arange(0, BLOCK_O)
@@ -128,7 +130,7 @@ def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, row_bytes, 
                 tl.interleave(tl.interleave((b >> 1) & 1, (b >> 5) & 1),
                               tl.interleave((b >> 3) & 1, (b >> 7) & 1))) * 2 - 1
         part = tl.dot(w.to(tl.int8), tl.load(x_at), out_dtype=tl.int32).to(tl.float32)
-        result += part * (scale[:, None] * tl.load(x_scales + group * m + row_in)[None, :])
+        result += part * (scale[:, None] * tl.load(x_scales + group * stride_scales + row_in)[None, :])
         x_at += 128
     tl.store(y + row[None, :].to(tl.int64) * stride_y + column[:, None], result.to(y.dtype.element_ty),
              mask=(row < m)[None, :] & (column < o)[:, None])
@@ -145,8 +147,8 @@ def product(act: Activations, values: Tensor, scales: Tensor, out: Tensor, tile:
     folded = scales.ndim == 1
     kind = FOLDED if folded else ROWS if act.kind == "rows" else GROUPED
     o = values.shape[0]
-    _product[_grid(act.m, o, tile)](x, act.scales, w, scales, out, act.m, o, out.stride(0), N=act.n, SCALES=kind,
-                                    FP8=act.kind == "fp8", BULK=tile.bulk, **_options(tile))
+    _product[_grid(act.m, o, tile)](x, act.scales, w, scales, out, act.m, o, out.stride(0), act.scale_stride, N=act.n,
+                                    SCALES=kind, FP8=act.kind == "fp8", BULK=tile.bulk, **_options(tile))
 
 
 def packed_product(act: Activations, weight: PackedWeight, out: Tensor, tile: Tile) -> None:
@@ -154,7 +156,8 @@ def packed_product(act: Activations, weight: PackedWeight, out: Tensor, tile: Ti
     last = max(1, -(-(weight.n % BLOCK) // 5))
     _packed_product[_grid(act.m, weight.o, tile)](
         act.values, act.scales, weight.codes, weight.scales, out, act.m, weight.o, out.stride(0),
-        weight.codes.shape[1], N=weight.n, TERNARY=weight.encoding == "ternary", LAST_BYTES=last, **_options(tile))
+        act.scale_stride, weight.codes.shape[1], N=weight.n, TERNARY=weight.encoding == "ternary", LAST_BYTES=last,
+        **_options(tile))
 
 
 def _grid(m: int, o: int, tile: Tile) -> tuple[int]:

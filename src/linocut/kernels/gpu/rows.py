@@ -45,8 +45,9 @@ def _nearest(x):
 
 
 @triton.jit
-def _finish(x, out, scales, row, m, stride, n, WIDTH: tl.constexpr, KIND: tl.constexpr):
-    """Store a row x [WIDTH] float32, zero from n on, as activations; `stride` values lie between rows of `out`."""
+def _finish(x, out, scales, row, stride_scales, stride, n, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """Store a row x [WIDTH] float32, zero from n on, as activations; `stride` values lie between rows of `out`, and
+    `stride_scales` scales between groups."""
     column = tl.arange(0, WIDTH)
     place = out + row.to(tl.int64) * stride + column
     if KIND == FLOAT:
@@ -67,19 +68,19 @@ def _finish(x, out, scales, row, m, stride, n, WIDTH: tl.constexpr, KIND: tl.con
         else:
             tl.store(place, tl.reshape(values.to(tl.float8e4nv), (WIDTH,)), mask=column < n)
         group = tl.arange(0, WIDTH // 128)
-        tl.store(scales + group * m + row, scale, mask=group < n // 128)
+        tl.store(scales + group * stride_scales + row, scale, mask=group < n // 128)
 
 
 @triton.jit
-def _quantize(x, out, scales, m, n, stride_x, WIDTH: tl.constexpr, KIND: tl.constexpr):
+def _quantize(x, out, scales, stride_scales, n, stride_x, WIDTH: tl.constexpr, KIND: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     values = tl.load(x + row.to(tl.int64) * stride_x + column, mask=column < n, other=0.0).to(tl.float32)
-    _finish(values, out, scales, row, m, n, n, WIDTH, KIND)
+    _finish(values, out, scales, row, stride_scales, n, n, WIDTH, KIND)
 
 
 @triton.jit
-def _normalize(x, y, gate, factor, shift, out, scales, m, n, stride_y, eps, ADDED: tl.constexpr, WIDTH: tl.constexpr,
-               KIND: tl.constexpr):
+def _normalize(x, y, gate, factor, shift, out, scales, stride_scales, n, stride_y, eps, ADDED: tl.constexpr,
+               WIDTH: tl.constexpr, KIND: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     inside = column < n
     at = row.to(tl.int64) * n + column
@@ -92,12 +93,12 @@ def _normalize(x, y, gate, factor, shift, out, scales, m, n, stride_y, eps, ADDE
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / n + eps)
     values = centred * inverse * tl.load(factor + column, mask=inside, other=0.0)
     values += tl.load(shift + column, mask=inside, other=0.0)
-    _finish(values, out, scales, row, m, n, n, WIDTH, KIND)
+    _finish(values, out, scales, row, stride_scales, n, n, WIDTH, KIND)
 
 
 @triton.jit
-def _gated(attended, gate, value, out, scales, m, first, hidden, stride_attended, stride, WIDTH: tl.constexpr,
-           KIND: tl.constexpr):
+def _gated(attended, gate, value, out, scales, stride_scales, first, hidden, stride_attended, stride,
+           WIDTH: tl.constexpr, KIND: tl.constexpr):
     """[attended | silu(gate) * value], the first part of width `first`, which may be 0."""
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     before, inside = column < first, column < first + hidden
@@ -107,7 +108,7 @@ def _gated(attended, gate, value, out, scales, m, first, hidden, stride_attended
     values = a / (1.0 + tl.exp2(-a * _LOG2_E)) * b
     other = tl.load(attended + row.to(tl.int64) * stride_attended + column, mask=before, other=0.0).to(tl.float32)
     values = tl.where(before, other, values)
-    _finish(values, out, scales, row, m, first + hidden, first + hidden, WIDTH, KIND)
+    _finish(values, out, scales, row, stride_scales, first + hidden, first + hidden, WIDTH, KIND)
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def _turn(qkv, norm_q, norm_k, cos, sin, stride, width, heads, first, eps, HEADS
 def quantize(x: Tensor, out: Activations) -> None:
     """x[M, N] (float32, bfloat16 or float16; rows may lie apart) as activations."""
     if out.m:
-        _row_kernel(_quantize, out, x, out.values, _scales(out), out.m, out.n, x.stride(0), n=out.n)
+        _row_kernel(_quantize, out, x, out.values, _scales(out), out.scale_stride, out.n, x.stride(0), n=out.n)
 
 
 def normalize(x: Tensor, factor: Tensor, shift: Tensor, eps: float, out: Activations, y: Tensor | None = None,
@@ -141,7 +142,7 @@ def normalize(x: Tensor, factor: Tensor, shift: Tensor, eps: float, out: Activat
     shift[D], all float32, as activations."""
     added = x if y is None else y
     _row_kernel(_normalize, out, x, added, shift if gate is None else gate, factor, shift, out.values, _scales(out),
-                out.m, out.n, added.stride(0), eps, n=out.n, ADDED=y is not None)
+                out.scale_stride, out.n, added.stride(0), eps, n=out.n, ADDED=y is not None)
 
 
 def gated(units: Tensor, out: Activations, attended: Tensor | None = None) -> None:
@@ -150,8 +151,8 @@ def gated(units: Tensor, out: Activations, attended: Tensor | None = None) -> No
     first = 0 if attended is None else attended.shape[1]
     gate, value = units[:, :hidden], units[:, hidden:]
     before = units if attended is None else attended
-    _row_kernel(_gated, out, before, gate, value, out.values, _scales(out), out.m, first, hidden, before.stride(0),
-                units.stride(0), n=out.n)
+    _row_kernel(_gated, out, before, gate, value, out.values, _scales(out), out.scale_stride, first, hidden,
+                before.stride(0), units.stride(0), n=out.n)
 
 
 def turn(qkv: Tensor, norms: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], heads: int, eps: float,

@@ -23,6 +23,7 @@ LEAST = (7, 5)
 TENSOR_CORES = (8, 0)
 FP8 = (8, 9)
 COPY_ENGINE = (9, 0)
+HEAD_WIDTHS = (32, 64, 128)
 NEEDED = (3, 3)
 """The first Triton with the descriptors that the copy engine is used through."""
 
@@ -82,6 +83,16 @@ def why_no_products(device: str) -> str | None:
     if reason is None and capability(device) < TENSOR_CORES:
         return f"needs compute capability 8.0 (found {_dotted(capability(device))})"
     return reason
+
+
+def why_not_fused(device: str, head_width: int) -> str | None:
+    """As `why_no_products`, of a transformer's whole step with heads of this width (models/flux2_gpu.py)."""
+    asked = os.environ.get("LINOCUT_KERNEL", "").strip() or "auto"
+    if asked not in ("auto", "triton-int8"):
+        return f"the kernel {asked} is asked for, which works layer by layer"
+    if head_width not in HEAD_WIDTHS:
+        return f"heads have {head_width} channels, and the rotation takes {', '.join(map(str, HEAD_WIDTHS))}"
+    return why_no_products(device)
 
 
 def _dotted(found: tuple[int, int]) -> str:
