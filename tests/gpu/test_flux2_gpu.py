@@ -10,7 +10,7 @@ from torch import Tensor
 from linocut.errors import Cancelled, UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.kernels.dispatch import use_kernel
-from linocut.kernels.gpu import routes, tuning
+from linocut.kernels.gpu import accuracy, routes, tuning
 from linocut.models import flux2_gpu
 from linocut.models.configs import Flux2Config
 from linocut.models.convert import build_and_load
@@ -52,21 +52,21 @@ def inputs(config: Flux2Config, device: str = "cpu", batch: int = 1, text: int =
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("accuracy", ["exact", "rows", "fast"])
-def test_step_is_near_the_plain_network_in_float(model, device, accuracy, monkeypatch):
+@pytest.mark.parametrize("level", ["exact", "rows", "fast"])
+def test_step_is_near_the_plain_network_in_float(model, device, level, monkeypatch):
     """Rounding of activations, bfloat16 between products, and with "fast" scales in seven bits."""
-    monkeypatch.setenv("LINOCUT_GPU_ACCURACY", accuracy)
+    monkeypatch.setenv("LINOCUT_GPU_ACCURACY", level)
     with use_kernel("reference"):
         wanted = model(*inputs(model.config))
     step = GpuTransformer(there(model, device))
     found = step(*inputs(model.config, device))
-    assert relative(found, wanted) < {"exact": 0.02, "rows": 0.03, "fast": 0.05}[accuracy]
-    assert {choice.route.name for choice in step.choices.values()} <= set(tuning.LEVELS[accuracy])
+    assert relative(found, wanted) < {"exact": 0.02, "rows": 0.03, "fast": 0.05}[level]
+    assert {choice.route.name for choice in step.choices.values()} <= set(accuracy.LEVELS[level])
 
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", [each for each in routes.KIND if each != "blocks"])
+@pytest.mark.parametrize("name", [each for each in accuracy.KIND if each != "blocks"])
 def test_every_route_draws(model, device, name, monkeypatch):
     """One route for all products, so that each meets every shape and form of activations that a step has."""
     def choose(table, shape, where, allowed):
@@ -75,7 +75,7 @@ def test_every_route_draws(model, device, name, monkeypatch):
     monkeypatch.setattr(tuning.Table, "choose", choose)
     with use_kernel("reference"):
         wanted = model(*inputs(model.config))
-    limit = {"int8": 0.02, "rows": 0.03, "fp8": 0.08 if device == "cuda" else 0.2, "float": 0.02}[routes.KIND[name]]
+    limit = {"int8": 0.02, "rows": 0.03, "fp8": 0.08 if device == "cuda" else 0.2, "float": 0.02}[accuracy.KIND[name]]
     assert relative(GpuTransformer(there(model, device))(*inputs(model.config, device)), wanted) < limit
 
 

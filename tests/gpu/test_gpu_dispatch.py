@@ -9,10 +9,11 @@ from gpu_cases import normal, random_packed, relative
 from linocut.errors import KernelError, UsageError
 from linocut.formats.packed import ENCODINGS, dequantize
 from linocut.kernels import dispatch
-from linocut.kernels.gpu import routes, rows, runtime, tuning
+from linocut.kernels.gpu import accuracy, routes, rows, runtime, tuning
+from linocut.kernels.gpu.accuracy import KIND
 from linocut.kernels.gpu.activations import KINDS, Activations
 from linocut.kernels.gpu.gemm import Tile
-from linocut.kernels.gpu.routes import KIND, Route, Scratch, Shape
+from linocut.kernels.gpu.routes import Route, Scratch, Shape
 
 KLEIN = Shape(1536, 3072, 27648, "ternary")
 FEW = Shape(20, 384, 48, "ternary")
@@ -137,9 +138,9 @@ def test_what_was_measured_is_kept_and_chosen(device):
     assert set(seen) == set(given)
     again = tuning.Table.of(device)
     assert again.entries == table.entries
-    assert again.choose(FEW, device, tuning.LEVELS["exact"]).route.name == "unpacked"
-    assert again.choose(FEW, device, tuning.LEVELS["rows"]).route.name == "rows"
-    chosen = again.choose(Shape(31, 384, 48, "ternary"), device, tuning.LEVELS["fast"])  # the same bucket of tokens
+    assert again.choose(FEW, device, accuracy.LEVELS["exact"]).route.name == "unpacked"
+    assert again.choose(FEW, device, accuracy.LEVELS["rows"]).route.name == "rows"
+    chosen = again.choose(Shape(31, 384, 48, "ternary"), device, accuracy.LEVELS["fast"])  # the same bucket of tokens
     assert (chosen.route.name, chosen.seconds) == ("folded", 0.5)
     assert "measured" in chosen.reason
     calls = []
@@ -165,16 +166,16 @@ def test_a_damaged_file_is_measured_anew(device, content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     assert tuning.Table.of(device).entries == {}
-    assert "not measured" in tuning.Table.of(device).choose(FEW, device, tuning.LEVELS["exact"]).reason
+    assert "not measured" in tuning.Table.of(device).choose(FEW, device, accuracy.LEVELS["exact"]).reason
 
 
 def test_accuracy_is_asked_for_by_name(monkeypatch):
-    assert tuning.level() == "exact"
+    assert accuracy.level() == "exact"
     monkeypatch.setenv("LINOCUT_GPU_ACCURACY", "fast")
-    assert tuning.level() == "fast"
+    assert accuracy.level() == "fast"
     monkeypatch.setenv("LINOCUT_GPU_ACCURACY", "sloppy")
     with pytest.raises(UsageError, match="exact, rows, fast"):
-        tuning.level()
+        accuracy.level()
 
 
 def test_choices_are_told_in_a_file_that_people_can_read(device):

@@ -3,7 +3,7 @@
 As on the CPU (flux2_cpu.py), products read packed weights and rounded activations, what lies between them is fused, the
 residual stream is one float32 matrix of text rows and then image rows, and all memory of a step is taken once. Each
 product takes the route that suits its shape (kernels/gpu/tuning.py), and what comes before it writes the activations
-that the route reads. Residual additions wait for the next norm. From the third call of a size on the whole step is one
+that the route reads. Residual additions wait for the next norm. From the second call of a size on the whole step is one
 CUDA graph.
 
 Shape letters as in flux2.py: T text tokens, I image tokens, S = T + I, D width, F MLP width, H heads, K head width.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linocut.kernels.gpu import routes, rows, runtime, timing, tuning
+from linocut.kernels.gpu import accuracy, routes, rows, runtime, timing, tuning
 from linocut.kernels.gpu.activations import Activations
 from linocut.kernels.gpu.routes import Route, Scratch, Shape
 from linocut.kernels.problem import PackedWeight
@@ -280,7 +280,7 @@ def _attention_order(device: torch.device) -> Iterator[None]:
 
 def _choose(shapes: Sequence[Shape], device: torch.device) -> dict[Shape, tuning.Choice]:
     """A route for each shape: as it was measured, after measuring what is new on a real GPU."""
-    allowed = tuning.LEVELS[tuning.level()]
+    allowed = accuracy.LEVELS[accuracy.level()]
     name = str(device)
     if device.type == "cuda" and os.environ.get("LINOCUT_GPU_TUNE", "").strip() != "0":
         table = tuning.measure(shapes, name, timing.Products(name), names=allowed, budget=TUNE_SECONDS)

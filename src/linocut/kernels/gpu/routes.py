@@ -26,15 +26,11 @@ from torch import Tensor
 from linocut.errors import KernelError
 from linocut.formats.packed import GROUP_SIZE
 from linocut.kernels.gpu import decode, gemm, runtime
+from linocut.kernels.gpu.accuracy import KIND
 from linocut.kernels.gpu.activations import Activations
 from linocut.kernels.gpu.gemm import Tile
 from linocut.kernels.problem import PackedWeight
 
-KIND = {"packed": "int8", "unpacked": "int8", "rows": "rows", "folded": "rows", "fp8": "fp8", "blocks": "fp8",
-        "library": "float"}
-"""The activations that each route reads."""
-EXACT = ("packed", "unpacked", "library")
-"""Routes whose pictures differ from the CPU's by no more than rounding of activations to int8 does."""
 FEW_TOKENS = 128
 LIBRARY_ROWS = 9216
 """Rows of W that are decoded to floats at a time: 57 MB at klein's width."""
@@ -79,6 +75,8 @@ def why_not(name: str, shape: Shape, device: str) -> str | None:
             return "torch's FP8 products in blocks need compute capability 9.0"
         if not hasattr(F, "scaled_mm") or runtime.interpreted():
             return "torch has no scaled_mm here (expected torch 2.10 or newer, with CUDA)"
+        if shape.m % 4 or shape.o % 16:
+            return "scales must lie at multiples of 16 bytes (expected M a multiple of 4 and O of 16)"
     return None
 
 
@@ -183,7 +181,7 @@ def _blocks(act: Activations, values: Tensor, scales: Tensor) -> Tensor:
     """torch's product with a scale per 128 values of both operands."""
     recipe: Any = F.ScalingType.BlockWise1x128
     assert act.scales is not None
-    given = (act.values, values.t(), act.scales.t(), recipe)
+    given = (act.values, values.t(), act.scales.contiguous().t(), recipe)
     try:
         return F.scaled_mm(*given, scales.t(), recipe)
     except ValueError:  # releases differ in which way the scales of the second operand are turned

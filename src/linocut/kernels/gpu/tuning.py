@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
-from linocut.errors import UsageError
 from linocut.formats.checkpoint import atomic_write_bytes
 from linocut.kernels.gpu import routes, runtime
+from linocut.kernels.gpu.accuracy import EXACT, KIND
 from linocut.kernels.gpu.gemm import Tile
-from linocut.kernels.gpu.routes import EXACT, FEW_TOKENS, KIND, Route, Shape
+from linocut.kernels.gpu.routes import FEW_TOKENS, Route, Shape
 
 VERSION = 1
-ACCURACY = "LINOCUT_GPU_ACCURACY"
-LEVELS = {"exact": EXACT, "rows": (*EXACT, "rows"), "fast": tuple(KIND)}
-"""Routes that may be chosen, by the value of LINOCUT_GPU_ACCURACY."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,6 @@ class Choice:
     route: Route
     reason: str
     seconds: float | None = None
-
-
-def level() -> str:
-    """How much rounding routes may do: `LINOCUT_GPU_ACCURACY`, else "exact"."""
-    asked = os.environ.get(ACCURACY, "").strip() or "exact"
-    if asked not in LEVELS:
-        raise UsageError(f"{ACCURACY} must be one of {', '.join(LEVELS)} (found {asked!r})")
-    return asked
 
 
 def bucket(m: int) -> int:
@@ -128,7 +118,7 @@ def measure(shapes: Iterable[Shape], device: str, seconds_of: Callable[[Route, S
                 route = Route(name, tiles[depth])
                 try:
                     seconds = seconds_of(route, shape)
-                except (RuntimeError, ValueError) as error:  # out of shared memory, or a compiler that gives up
+                except (RuntimeError, ValueError, TritonError) as error:  # out of shared memory, or does not compile
                     if on_result is not None:
                         on_result(shape, route, float("nan"))
                     if "out of memory" in str(error):
