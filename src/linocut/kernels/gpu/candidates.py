@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,9 @@ from linocut.kernels.blocked import blocked_linear
 from linocut.kernels.gpu import runtime
 from linocut.kernels.problem import FLOAT_DTYPES, PackedWeight, Problem
 
+if TYPE_CHECKING:
+    from linocut.kernels.gpu import tuning
+
 
 def _why_not(problem: Problem) -> str | None:
     if torch.compiler.is_compiling():
@@ -17,6 +23,14 @@ def _why_not(problem: Problem) -> str | None:
     if problem.dtype not in FLOAT_DTYPES:
         return f"computes in float32, bfloat16 or float16, not {problem.dtype}"
     return runtime.why_not(problem.device)
+
+
+@lru_cache(maxsize=4)
+def _table(device: str, path: str) -> tuning.Table:
+    """What was measured on a GPU when this process first asked; `path` is where it lies."""
+    from linocut.kernels.gpu import tuning
+
+    return tuning.Table.of(device)
 
 
 class Triton:
@@ -63,7 +77,7 @@ class TritonInt8(Triton):
 
         device = str(x.device)
         shape = routes.Shape(x.shape[0], weight.n, weight.o, weight.encoding)
-        route = tuning.Table.of(device).choose(shape, device, ("packed", "unpacked")).route
+        route = _table(device, str(tuning.place(device))).choose(shape, device, ("packed", "unpacked")).route
         act = Activations.empty(route.kind, x.shape[0], weight.n, x.device)
         rows.quantize(x.detach() if x.stride(1) == 1 else x.detach().contiguous(), act)
         out = torch.empty((x.shape[0], weight.o), dtype=x.dtype, device=x.device)

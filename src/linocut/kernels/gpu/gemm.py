@@ -56,7 +56,7 @@ def _place(m, o, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.cons
     return (first + within % size) * BLOCK_M, within // size * BLOCK_O
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "stride_scales"))  # any number of tokens runs what was compiled once
 def _product(x, x_scales, w, w_scales, y, m, o, stride_y, stride_scales, N: tl.constexpr, SCALES: tl.constexpr,
              FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr,
              BULK: tl.constexpr):
@@ -99,7 +99,7 @@ def _product(x, x_scales, w, w_scales, y, m, o, stride_y, stride_scales, N: tl.c
              mask=(row < m)[:, None] & (column < o)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "stride_scales"))
 def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, stride_scales, row_bytes, N: tl.constexpr,
                     TERNARY: tl.constexpr, LAST_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
                     TOGETHER: tl.constexpr):

@@ -71,14 +71,14 @@ def _finish(x, out, scales, row, stride_scales, stride, n, WIDTH: tl.constexpr, 
         tl.store(scales + group * stride_scales + row, scale, mask=group < n // 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_scales",))
 def _quantize(x, out, scales, stride_scales, n, stride_x, WIDTH: tl.constexpr, KIND: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
     values = tl.load(x + row.to(tl.int64) * stride_x + column, mask=column < n, other=0.0).to(tl.float32)
     _finish(values, out, scales, row, stride_scales, n, n, WIDTH, KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_scales",))
 def _normalize(x, y, gate, factor, shift, out, scales, stride_scales, n, stride_y, eps, ADDED: tl.constexpr,
                WIDTH: tl.constexpr, KIND: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, WIDTH)
@@ -96,7 +96,7 @@ def _normalize(x, y, gate, factor, shift, out, scales, stride_scales, n, stride_
     _finish(values, out, scales, row, stride_scales, n, n, WIDTH, KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride_scales",))
 def _gated(attended, gate, value, out, scales, stride_scales, first, hidden, stride_attended, stride,
            WIDTH: tl.constexpr, KIND: tl.constexpr):
     """[attended | silu(gate) * value], the first part of width `first`, which may be 0."""
@@ -111,7 +111,7 @@ def _gated(attended, gate, value, out, scales, stride_scales, first, hidden, str
     _finish(values, out, scales, row, stride_scales, first + hidden, first + hidden, WIDTH, KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first",))
 def _turn(qkv, norm_q, norm_k, cos, sin, stride, width, heads, first, eps, HEADS: tl.constexpr, K: tl.constexpr):
     """RMS norm per head and rotation of adjacent channels, in place; program 1 of a token does k."""
     row, part = tl.program_id(0), tl.program_id(1)
