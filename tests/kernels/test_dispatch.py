@@ -23,7 +23,7 @@ def no_module(monkeypatch):
 
 def test_int8_is_preferred_and_generic_never_chosen_alone():
     reasons = dict(dispatch.explain(a_problem()))
-    assert list(reasons) == ["int8", "native", "reference", "generic"]
+    assert list(reasons) == ["int8", "native", "triton-int8", "triton", "reference", "generic"]
     assert reasons["int8"] is None
     assert reasons["native"] is None
     assert reasons["reference"] is None

@@ -97,7 +97,8 @@ def test_every_compiled_variant_agrees(encoding):
 
 
 def test_no_kernel_is_left_out():
-    assert {each.name for each in dispatch.CANDIDATES} == {*KERNELS, "int8"}
+    """Those of Triton: tests/gpu."""
+    assert {each.name for each in dispatch.CANDIDATES} == {*KERNELS, "int8", "triton", "triton-int8"}
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -74,7 +74,7 @@ def test_another_shape_is_refused(published):
 
 
 def test_the_teacher_begins_with_it(published, tmp_path):
-    root, recipe = published
+    root, _ = published
     text = (root / "recipe.toml").read_text().replace("[teacher]", '[teacher]\nstart = "model"')
     warm = root / "warm.toml"
     warm.write_text(text.replace("steps = 20\n", "steps = 0\n"))

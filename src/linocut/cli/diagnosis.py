@@ -3,6 +3,7 @@
 Nothing is imported at the top that takes time; functions that need torch say so.
 """
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -89,6 +90,28 @@ def mlx() -> Facts:
     from linocut.mlx.layers import why_not_one_bit
 
     return {**facts, "computes_on": runtime.device_name(), "why_not_one_bit": why_not_one_bit()}
+
+
+def gpu() -> Facts:
+    """What Triton's kernels can do on the first CUDA device, with reasons, and what was measured. Imports torch."""
+    import torch
+
+    from linocut.errors import UsageError
+    from linocut.kernels.gpu import accuracy, runtime
+
+    facts: Facts = {"triton": runtime.triton_version(), "why_not": runtime.why_not("cuda"), "capability": None,
+                    "why_no_products": None, "accuracy": None, "measured": None,
+                    "weights": "packed as in the file; ternary weights are not re-coded to two bits"}
+    with contextlib.suppress(UsageError):  # drawing says it
+        facts["accuracy"] = accuracy.level()
+    if facts["why_not"] is None and torch.cuda.is_available():
+        from linocut.kernels.gpu import tuning
+
+        table = tuning.Table.of("cuda")
+        facts |= {"capability": ".".join(map(str, runtime.capability("cuda"))),
+                  "why_no_products": runtime.why_no_products("cuda"),
+                  "measured": {"file": str(table.path), "shapes": len(table.entries)}}
+    return facts
 
 
 def torch_build() -> Facts:

@@ -33,7 +33,7 @@ def command(context: click.Context, brief: bool, as_json: bool) -> None:
     _show_machine(console, report)
     _show_libraries(console, report)
     if not brief:
-        report |= {"device": diagnosis.device(), "mlx": diagnosis.mlx()}
+        report |= {"device": diagnosis.device(), "mlx": diagnosis.mlx(), "gpu": diagnosis.gpu()}
         report |= {"torch": diagnosis.torch_build(), "threads": diagnosis.threads(), "decoder": diagnosis.decoder(),
                    "kernels": diagnosis.kernel_choices(), "fused": diagnosis.fused_models()}
         _show_choices(console, report)
@@ -108,6 +108,14 @@ def _show_choices(console: "Console", report: "Facts") -> None:
     _line(console, "device", f"{device['device'] or 'none'}: {device['reason']}")
     one_bit = "in one bit" if mlx["why_not_one_bit"] is None else f"in two bits, since {mlx['why_not_one_bit']}"
     _line(console, "mlx", mlx["why_not"] or f"{mlx['version']} on {mlx['computes_on']}, binary weights {one_bit}")
+    gpu = report["gpu"]
+    if gpu["measured"] is None:
+        _line(console, "Triton", f"{gpu['triton'] or 'missing'}: {gpu['why_not'] or 'interpreted, for tests'}")
+    else:
+        products = f"products on tensor cores, accuracy {gpu['accuracy']}, weights {gpu['weights']}"
+        _line(console, "Triton", f"{gpu['triton']}, compute capability {gpu['capability']}: "
+              + (gpu["why_no_products"] or products))
+        _line(console, "measured", f"{gpu['measured']['shapes']} shapes in {gpu['measured']['file']}")
     for each in torch["devices"]:
         _line(console, "GPU", f"{each['name']}, {_gigabytes(each['memory_bytes'])}")
     _line(console, "torch", f"{torch['version']}, CPU kernels for {torch['cpu_capability']}, "

@@ -64,7 +64,7 @@ class Size(click.ParamType):
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME",
-              help="What computes: cpu, cuda or mlx; auto is mlx on Apple silicon if it is installed, else cpu.")
+              help="What computes: cpu, cuda, mps or mlx; auto is mlx on Apple silicon if it is installed, else cpu.")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="CPU threads.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory of the process, such as 2GB: draws in a smaller and "
               "slower way if need be, or says what would fit.")
@@ -117,8 +117,14 @@ class Job:
         request = make_request(arguments.pop("prompt"), folder.settings, **arguments)
         outputs = self._outputs(request)
         limit = self.options["max_memory"]
-        free = budget.available_bytes() if device.name == "cpu" else None
-        plan = budget.fit(memory.Planner(folder), request.width, request.height, dtype=self.dtype, tile=request.tile,
+        if device.name.startswith("cuda"):
+            from linocut.pipeline import memory_gpu
+
+            planner: memory.Planner = memory_gpu.GpuPlanner(folder, device.name)
+            free = memory_gpu.available_bytes(device.name)
+        else:
+            planner, free = memory.Planner(folder), budget.available_bytes() if device.name == "cpu" else None
+        plan = budget.fit(planner, request.width, request.height, dtype=self.dtype, tile=request.tile,
                           limit=None if limit is None else budget.parse_bytes(limit), free=free,
                           pictures=len(request.jobs), prompts=request.prompts)
         if self.recipe is not None and folder.hash() != self.recipe.model_hash:

@@ -20,23 +20,34 @@ PHASES = {"encode": "read the prompt", "denoise": "draw", "decode": "develop"}
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
 @click.option("--max-memory", metavar="SIZE", help="Most memory of the process, such as 2GB; or an error.")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME",
+              help="cpu, or cuda (cuda:1, ...) for a plan of the GPU's memory.")
 @click.option("-n", "--num-images", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Pictures of one prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: str | None, num_images: int,
+def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: str | None, device: str, num_images: int,
             as_json: bool) -> None:
     """Predict what drawing with MODEL takes: bytes on disk, and peak memory in each phase.
 
-    Nothing is loaded. Peaks are upper estimates of resident memory on a CPU, mapped weights included. With --max-memory
-    the plan is the quickest one within that, as 'linocut generate --max-memory' draws it.
+    Nothing is loaded. Peaks are upper estimates of resident memory on a CPU, mapped weights included, or of the memory
+    of a GPU. With --max-memory the plan is the quickest one within that, as 'linocut generate --max-memory' draws it.
     """
+    from linocut.errors import UsageError
     from linocut.formats.folder import ModelFolder
     from linocut.pipeline import budget, memory
+    from linocut.pipeline.device import choose
 
     bring(model)
     folder = ModelFolder.open(model)
     width, height = folder.settings["default_size"] if size is None else size
     planner, free = memory.Planner(folder), budget.available_bytes()
+    chosen = choose(device).name
+    if chosen.startswith("cuda"):
+        from linocut.pipeline import memory_gpu
+
+        planner, free = memory_gpu.GpuPlanner(folder, chosen), memory_gpu.available_bytes(chosen)
+    elif chosen != "cpu":
+        raise UsageError(f"memory is planned for the CPU and for CUDA devices (found device {chosen})")
     if max_memory is None:
         plan = planner.plan(width, height, dtype=dtype, pictures=num_images)
     else:
@@ -46,7 +57,7 @@ def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: st
         click.echo(json.dumps({**plan.to_dict(), "available": free}, indent=2))
         return
     show = memory.gigabytes
-    click.echo(f"{plan.model}, {width}x{height}, {dtype}")
+    click.echo(f"{plan.model}, {width}x{height}, {dtype}" + ("" if chosen == "cpu" else f", memory of {chosen}"))
     click.echo("\non disk")
     for name, count in plan.to_dict()["disk"].items():
         click.echo(f"  {name:<16}{show(count):>10}")

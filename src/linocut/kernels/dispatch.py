@@ -1,10 +1,10 @@
 """y = x @ W.T on packed W: the one door to every kernel.
 
 `linear` and `dequantize` choose the first candidate that gives no reason against itself; `explain` tells all reasons.
-Order: int8 (C++ on packed weights, activations rounded), native (C++ decoders, float activations), reference (torch
-only, always can). `generic` (a C++ scalar product, the slow oracle of the C++ side) runs only when asked for. An
-override is either the environment variable `LINOCUT_KERNEL=auto|int8|native|generic|reference` or, in code and for one
-context only, `use_kernel(name)`.
+Order: int8 (C++ on packed weights, activations rounded), native (C++ decoders, float activations), the same two on
+NVIDIA GPUs (triton-int8, triton), reference (torch only, always can). `generic` (a C++ scalar product, the slow oracle
+of the C++ side) runs only when asked for. An override is either the environment variable `LINOCUT_KERNEL`, which is
+auto or one of these names, or, in code and for one context only, `use_kernel(name)`.
 
 torch.compile sees a linear on the CPU as one operator, `torch.ops.linocut.packed_linear`, which chooses when it runs;
 its gradient for x is another one.
@@ -25,6 +25,7 @@ from torch import Tensor
 from linocut.errors import KernelError
 from linocut.kernels.blocked import blocked_backward
 from linocut.kernels.cpu import Int8
+from linocut.kernels.gpu.candidates import Triton, TritonInt8
 from linocut.kernels.native import Generic, Native
 from linocut.kernels.problem import Candidate, PackedWeight, Problem, checked
 from linocut.kernels.reference import Reference
@@ -32,7 +33,7 @@ from linocut.kernels.reference import Reference
 __all__ = ["CANDIDATES", "Candidate", "PackedWeight", "Problem", "candidate", "dequantize", "explain", "linear",
            "requested", "select", "use_kernel"]
 
-CANDIDATES: tuple[Candidate, ...] = (Int8(), Native(), Reference(), Generic())
+CANDIDATES: tuple[Candidate, ...] = (Int8(), Native(), TritonInt8(), Triton(), Reference(), Generic())
 _override: ContextVar[str | None] = ContextVar("linocut_kernel", default=None)
 
 

@@ -79,7 +79,7 @@ def _smaller(ways: Ways, over: list[str], strips: bool) -> Iterator[Ways]:
     """Ways that take less memory in the phases `over`, the cheapest first."""
     if ways.keep_loaded:
         yield replace(ways, keep_loaded=False)
-    if "denoise" in over and not ways.keep_loaded and not ways.stream:
+    if ("denoise" in over or "encode" in over) and not ways.keep_loaded and not ways.stream:
         yield replace(ways, stream=True)
     if ways.at_once > 1 and not ways.keep_loaded:
         yield replace(ways, at_once=1)

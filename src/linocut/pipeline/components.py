@@ -13,7 +13,7 @@ import gc
 import os
 import platform
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
+from linocut.kernels.gpu import runtime as gpu
 from linocut.models import flux2_cpu, text_encoder_cpu
 from linocut.models.autoencoder import Autoencoder, ResnetBlock
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
@@ -45,6 +46,7 @@ class Components:
         self._stream = False
         self._streamed: tuple[Checkpoint, list[list[str]]] | None = None
         self._modulations: tuple[Schedule, list[Modulations]] | None = None
+        self._step: tuple[Any, Any] | None = None  # a transformer, and the step on a GPU with its memory and graph
         use_huge_pages()
         if not keep:
             avoid_fragments()
@@ -65,7 +67,7 @@ class Components:
     @property
     def computes_on(self) -> str:
         """What computes, in words for the recipe: "cpu x86_64", or "cuda" with the name of the GPU."""
-        name = platform.machine() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return f"{self.device.type} {name}"
 
     @property
@@ -90,7 +92,7 @@ class Components:
             network = weakref.ref(model)
             del model
             if not self.keep:
-                self._streamed = None
+                self._streamed = self._step = None
                 self._give_memory_back(network)
 
     def runner(self, network: Any, rows: int | None = None) -> Any:
@@ -100,6 +102,12 @@ class Components:
         """
         if isinstance(network, Qwen3Encoder):
             return text_encoder_cpu.runner(network)
+        if self.device.type == "cuda" and gpu.why_no_products(str(self.device)) is None:
+            from linocut.models import flux2_gpu
+
+            if self._step is None or self._step[0] is not network:
+                self._step = network, flux2_gpu.runner(network)
+            return self._step[1]
         return flux2_cpu.runner(network, rows)
 
     def release_part(self, done: int) -> None:
@@ -150,11 +158,13 @@ class Components:
         """Forget every network that was kept."""
         networks = [weakref.ref(model) for model in self._kept.values()]
         self._kept.clear()
-        self._modulations = None
+        self._modulations = self._step = None
         self._give_memory_back(*networks)
 
     def _give_memory_back(self, *networks: "weakref.ref[Any]") -> None:
         give_memory_back(*networks)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _build(self, name: str) -> Any:
         if name == "tokenizer":
@@ -174,7 +184,14 @@ class Components:
                 model = build_and_load(Qwen3Encoder, Qwen3Config.from_dict(config), checkpoint, compute_dtype=dtype,
                                        taps=tuple(self.folder.settings["text_taps"]))
                 self._streamed = self._parts(checkpoint, True)
-        return model if self.device.type == "cpu" else model.to(self.device)
+        if self.device.type == "cpu":
+            return model
+        if isinstance(model, Qwen3Encoder) and self._stream:
+            layers, model.layers = model.layers, nn.ModuleList()
+            model.to(self.device).layers = layers
+            visit(layers, self.device)
+            return model
+        return model.to(self.device)
 
     def _parts(self, checkpoint: Checkpoint, stream: bool) -> tuple[Checkpoint, list[list[str]]] | None:
         """What `release_part` releases after each block or layer, in their order: if `stream`, itself too."""
@@ -193,8 +210,12 @@ class Components:
         return build_and_load(PictureDecoder, replace(config, preview=stored), checkpoint)
 
     def _decoder_dtype(self) -> torch.dtype:
-        """On a CPU the decoder's own, whatever the transformer runs in; elsewhere the transformer's."""
-        return getattr(torch, decoder_dtype()[0]) if self.device.type == "cpu" else self.dtype
+        """On a CPU the decoder's own, whatever the transformer runs in; bfloat16 on GPUs that multiply it; else the
+        transformer's."""
+        if self.device.type == "cpu":
+            return getattr(torch, decoder_dtype()[0])
+        fast = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= gpu.TENSOR_CORES
+        return torch.bfloat16 if fast else self.dtype
 
 
 class PictureDecoder(Autoencoder):
@@ -228,6 +249,27 @@ class PictureDecoder(Autoencoder):
     def rename_key(self, name: str) -> str | None:
         """The name of a checkpoint's tensor in this network, or None for the encoder's."""
         return None if name.startswith(("encoder.", "quant_conv.")) else name
+
+
+def visit(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Let each layer be on `device` only while it runs; its tensors stay where they are, in a mapped file."""
+    for layer in layers:
+        tables: list[dict[str, Any]] = [each for part in layer.modules() for each in (part._parameters, part._buffers)]
+        home = [dict(table) for table in tables]
+
+        def come(*_: Any, tables: list[dict[str, Any]] = tables) -> None:
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        there = tensor.to(device)
+                        table[name] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+
+        def go(*_: Any, tables: list[dict[str, Any]] = tables, home: list[dict[str, Any]] = home) -> None:
+            for table, tensors in zip(tables, home, strict=True):
+                table.update(tensors)
+
+        layer.register_forward_pre_hook(come)
+        layer.register_forward_hook(go)
 
 
 def _release_all_but_parts(checkpoint: Checkpoint) -> None:

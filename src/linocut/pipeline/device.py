@@ -1,7 +1,8 @@
 """On what a picture is computed when nobody says, and whether what somebody says is possible. Imports no torch.
 
 "cpu" and "cuda" are torch's, with the kernels of this project; "mlx" is the GPU of an Apple machine through mlx
-(`linocut.mlx`).
+(`linocut.mlx`). On "mps", and on "cuda" where torch is built for ROCm, torch alone computes: rightly, in little memory,
+a block of decoded rows at a time, and not fast.
 """
 
 import os
@@ -18,7 +19,7 @@ VARIABLE = "LINOCUT_DEVICE"
 
 @dataclass(frozen=True)
 class Choice:
-    """A device ("cpu", "cuda", "cuda:1", "mlx") and the reason for it. `automatic`: nobody asked for it."""
+    """A device ("cpu", "cuda", "cuda:1", "mps", "mlx") and the reason for it. `automatic`: nobody asked for it."""
 
     name: str
     reason: str
@@ -50,11 +51,12 @@ def choose(asked: str = "auto", max_memory: object = None) -> Choice:
 
 
 def _checked(name: str, max_memory: object) -> str:
-    if not re.fullmatch(r"cpu|mlx|cuda(:\d{1,3})?", name):
-        raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mlx (found {name!r})")
+    if not re.fullmatch(r"cpu|mlx|mps|cuda(:\d{1,3})?", name):
+        raise UsageError(f"device must be auto, cpu, cuda, cuda:N, mps or mlx (found {name!r})")
+    if name in ("mlx", "mps") and max_memory is not None:
+        raise UsageError(f"a memory limit can be kept on the CPU and on CUDA devices only (found device {name}); leave "
+                         "out one of them")
     if name == "mlx":
-        if max_memory is not None:
-            raise UsageError("a memory limit can be kept on the CPU only (found device mlx); leave out one of them")
         reason = runtime.why_not()
         if reason is not None:
             raise UsageError(f"device mlx was asked for, and {reason}")

@@ -107,6 +107,18 @@ def fused_block_bytes(config: Flux2Config, text: int, image: int, rows: int | No
     return all_tokens + some_tokens + rest
 
 
+def gpu_step_bytes(config: Flux2Config, text: int, image: int) -> int:
+    """Return the work of a fused step on a GPU (models/flux2_gpu.py): its memory, and the scratch for a weight."""
+    width, mlp, tokens = config.width, config.mlp_width, text + image
+    # Residual; a block's widest product; what a branch adds; attention's output, twice while it is turned into rows.
+    rows = 4 * width + 2 * (3 * width + 2 * mlp) + 2 * width + 4 * width
+    # What goes into each product, with two bytes a value at most: norms, attention, both kinds of hidden units.
+    rows += 2 * (2 * width + mlp + width + mlp)
+    largest = max((3 * width + 2 * mlp) * width, width * (width + mlp))
+    edges = 4 * (text * width + tokens * config.attention_head_dim + image * (width + 4 * config.in_channels))
+    return tokens * rows + largest + largest // 32 + edges
+
+
 def _quantized_bytes(values: int) -> int:
     """Return the bytes of activations in int8, with a scale per 128, a sum per 64 and some padding."""
     return values + values // 128 * 4 + values // 64 * 4 + 3 * 64

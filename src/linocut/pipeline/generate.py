@@ -20,11 +20,14 @@ from linocut import __version__
 from linocut.errors import FormatError, UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import dispatch, fused, fusible
+from linocut.kernels.gpu import accuracy
+from linocut.kernels.gpu import runtime as gpu
 from linocut.mlx import runtime
 from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Config
-from linocut.pipeline import budget, embeddings, memory
+from linocut.pipeline import budget, embeddings, memory, memory_gpu
 from linocut.pipeline.components import Components
 from linocut.pipeline.device import choose
+from linocut.pipeline.memory_gpu import GpuPlanner
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Request, make_request
 from linocut.pipeline.run import Cancel, Picture, Progress, Run, StepCallback, StepState
@@ -75,8 +78,10 @@ class Pipeline:
         _check_model(folder)
         _use_threads(threads)
         self.max_memory = None if max_memory is None else budget.parse_bytes(max_memory)
-        self._planner, self._keep = memory.Planner(folder), keep_loaded
-        keep = memory.should_keep(self._planner.disk) if keep_loaded is None else keep_loaded
+        self._planner, self._keep = self._make_planner(), keep_loaded
+        default_width, default_height = folder.settings["default_size"]
+        keep = self._planner.default_ways(default_width, default_height).keep_loaded if keep_loaded is None \
+            else keep_loaded
         self.components = self._components(keep)
         self.timings: dict[str, dict[str, Any]] = {}
         self._hash: str | None = None
@@ -93,12 +98,12 @@ class Pipeline:
         Args:
             dtype: of the computation; "float32" (default), "bfloat16" or "float16".
             threads: CPU threads for this process; default `LINOCUT_THREADS`, else torch's own choice.
-            device: what computes: "cpu", "cuda", "mlx", or "auto" for the best that is known to work
+            device: what computes: "cpu", "cuda", "mps", "mlx", or "auto" for the best that is known to work
                 (`linocut.pipeline.device`).
             keep_loaded: keep networks in memory between pictures; default: if the model is under 256 MB.
             prompt_cache: keep what the text encoder makes of each prompt on disk (`linocut.pipeline.embeddings`).
-            max_memory: most memory of this process on a CPU, as "2GB" or in bytes. Pictures are drawn in the quickest
-                way that stays within it (`linocut.pipeline.budget`), or refused.
+            max_memory: most memory of this process, as "2GB" or in bytes: of the GPU on a CUDA device. Pictures are
+                drawn in the quickest way that stays within it (`linocut.pipeline.budget`), or refused.
         Opening reads configs and headers only; weights enter memory as they are used.
         Raises ModelNotFoundError, FormatError or UsageError.
         """
@@ -152,10 +157,8 @@ class Pipeline:
                      callback_on_step_end: StepCallback | None = None, cancel: Cancel | None = None,
                      on_progress: Callable[[Progress], None] | None = None) -> Iterator[Picture]:
         """As `draw`, for a request that `make_request` has checked and spelled out already."""
-        free = budget.available_bytes() if self.choice.name == "cpu" else None
         plan = self._plan(request.width, request.height, pictures=len(request.jobs), prompts=request.prompts,
-                          tile=request.tile, base=self._base(),
-                          free=None if free is None else free + memory.resident_bytes())
+                          tile=request.tile, base=self._base(), free=self._free())
         ways = replace(plan.ways, tile=None) if self.choice.name == "mlx" else plan.ways
         self.components.follow(ways)
         run = Run(self, request, ways, generators, callback_on_step_end, cancel, on_progress)
@@ -175,12 +178,23 @@ class Pipeline:
 
     def _plan(self, width: int, height: int, *, free: int | None = None, tile: int | None = None,
               **options: int) -> memory.Plan:
-        limit = self.max_memory if self.choice.name == "cpu" else None
-        return budget.fit(self._planner, width, height, limit=limit, free=free, keep_loaded=self._keep, tile=tile,
-                          dtype=str(self.dtype).removeprefix("torch."), **options)
+        return budget.fit(self._planner, width, height, limit=self.max_memory, free=free, keep_loaded=self._keep,
+                          tile=tile, dtype=str(self.dtype).removeprefix("torch."), **options)
+
+    def _make_planner(self) -> memory.Planner:
+        return GpuPlanner(self.folder, self.choice.name) if self.device.type == "cuda" else memory.Planner(self.folder)
+
+    def _free(self) -> int | None:
+        """Bytes that this process may have in all where it computes; None where that is not known."""
+        if self.device.type == "cuda":
+            return memory_gpu.available_bytes(self.choice.name)
+        free = budget.available_bytes() if self.choice.name == "cpu" else None
+        return None if free is None else free + memory.resident_bytes()
 
     def _base(self) -> int:
         """Resident bytes without networks that are kept, which a plan counts itself."""
+        if self.device.type == "cuda":
+            return memory_gpu.BASE_BYTES
         kept = sum(self._planner.disk.get(name, 0) for name in self.components.kept)
         return max(memory.BASE_BYTES, memory.resident_bytes() - kept)
 
@@ -194,7 +208,8 @@ class Pipeline:
         """Name of the kernel that a component's packed layers run on with this many tokens; "torch" if none is packed.
 
         On mlx that is "mlx" for all layers.
-        Where whole blocks run in C++ (`why_not_fused`), with " fused" and the variant of attention behind it.
+        Where whole blocks run fused (`why_not_fused`), with " fused" behind it, and the variant of attention in C++ or
+        the accuracy that is asked for on a GPU.
         """
         if self.choice.name == "mlx":
             return "mlx"
@@ -206,15 +221,22 @@ class Pipeline:
         o, n = largest.shape
         name = dispatch.select(dispatch.Problem(self.device.type, self.dtype, tokens, n, o, largest.encoding,
                                                 torch.get_num_threads())).name
-        return name if self.why_not_fused(component) else f"{name} fused {fused.attention_variant()}"
+        if self.why_not_fused(component):
+            return name
+        return f"{name} fused {accuracy.level() if self.device.type == 'cuda' else fused.attention_variant()}"
 
     def why_not_fused(self, component: str) -> str | None:
-        """None if whole blocks of "transformer" or "text_encoder" run in C++ (`kernels.fused`), else the reason."""
+        """None if whole blocks of "transformer" or "text_encoder" run fused (`kernels.fused`, on a GPU
+        `models.flux2_gpu`), else the reason."""
         with self.folder.checkpoint(component) as checkpoint:
             dense = fusible.dense_in_blocks(checkpoint)
         config = self.folder.config(component)
         width = Flux2Config.from_dict(config).attention_head_dim if component == "transformer" else \
             Qwen3Config.from_dict(config).head_dim
+        if self.device.type == "cuda":
+            if component != "transformer":
+                return "the text encoder runs layer by layer on a GPU"
+            return f"{dense} is neither binary nor ternary" if dense else gpu.why_not_fused(self.choice.name, width)
         return fused.why_not(width, dense, "mlx" if self.choice.name == "mlx" else self.device.type)
 
     def prompt_cache(self) -> embeddings.PromptCache | None:
@@ -275,6 +297,9 @@ def _torch_device(name: str, dtype: torch.dtype) -> torch.device:
             raise UsageError("mlx on a CPU adds up in the type of its inputs, which needs float32 (found "
                              f"{str(dtype).removeprefix('torch.')}); leave out the dtype")
         return torch.device("cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device mps was asked for, and torch {torch.__version__} finds no such device; on Apple "
+                         "silicon, mlx is faster")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {name} was asked for, and torch {torch.__version__} finds no CUDA device; "
                          "'linocut doctor' says more")

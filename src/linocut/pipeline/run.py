@@ -280,7 +280,8 @@ class Run:
     def _preview(self, x0: Tensor) -> "Image":
         if self._preview_vae is None:
             self._preview_vae = self.pipe.components.vae_for_previews()
-        return to_image(self._preview_vae.preview_rgb(x0)[0])
+        there = next(self._preview_vae.buffers()).device
+        return to_image(self._preview_vae.preview_rgb(x0.to(there))[0])
 
     def _recipe(self, job: Job, seed: int | None) -> Recipe:
         pipe, request = self.pipe, self.request

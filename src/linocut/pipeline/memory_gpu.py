@@ -1,0 +1,92 @@
+"""The memory planner for a CUDA device: peak bytes of GPU memory per phase, with the same ways as on a CPU.
+
+    base          context, loaded kernels and libraries' workspaces
+  + weights       packed as they are stored; dense ones in the dtype that they are stored in, the decoder's in bfloat16
+  + activations   closed forms (`footprint`), the fused step's with the scratch that a weight is unpacked to
+
+The networks stay on the GPU if all of them fit. "stream" lets each layer of the text encoder be there only while it
+runs; the transformer is packed, and stays. On the host only mapped files are read.
+"""
+
+from __future__ import annotations
+
+from linocut.formats.folder import ModelFolder
+from linocut.kernels import fusible
+from linocut.kernels.gpu import runtime
+from linocut.pipeline import footprint
+from linocut.pipeline.memory import (
+    CONVOLUTION_BYTES,
+    DTYPE_BYTES,
+    MB,
+    SCRATCH_BYTES,
+    Phase,
+    Plan,
+    Planner,
+    Ways,
+    check_size,
+)
+
+BASE_BYTES = 600 * MB
+"""GPU memory of a process that has computed next to nothing: a context of 300 to 500 MB, kernels, workspaces."""
+
+
+class GpuPlanner(Planner):
+    """Plans pictures of one model on a CUDA device."""
+
+    def __init__(self, folder: ModelFolder, device: str) -> None:
+        super().__init__(folder)
+        self.device = device
+        with folder.checkpoint("transformer") as checkpoint:
+            dense = fusible.dense_in_blocks(checkpoint)
+            packed = [entry.encoding for entry in checkpoint.packed.values()]
+        self._on_gpu = dense is None and "affine4" not in packed and runtime.why_not_fused(
+            device, self.transformer.attention_head_dim) is None
+
+    def default_ways(self, width: int, height: int) -> Ways:
+        """How a picture is drawn if memory is no concern: everything stays, and nothing is cut."""
+        return Ways(keep_loaded=True, tile=None)
+
+    def plan(self, width: int, height: int, *, dtype: str = "float32", pictures: int = 1, prompts: int = 1,
+             ways: Ways | None = None, base: int = BASE_BYTES) -> Plan:
+        """Predict what drawing takes of the GPU's memory. The arguments are those of `Planner.plan`."""
+        check_size(width, height)
+        ways = self.default_ways(width, height) if ways is None else ways
+        vae, size, length = self.vae, DTYPE_BYTES[dtype], self.text_length
+        together = 1 if ways.keep_loaded else min(pictures, ways.at_once)
+        image = (width // vae.token_side) * (height // vae.token_side)
+        features = length * len(self.settings["text_taps"]) * self.text.hidden_size * size
+        known, latents = features * min(prompts, together), image * self.transformer.in_channels * 4
+        text = self.text_all
+        reading = text - (0 if not ways.stream else self.text_layers - 2 * self.text_largest)
+        encode = Phase("encode", reading, footprint.layer_bytes(self.text, length, size) + known + features,
+                       SCRATCH_BYTES, base=base)
+        step = footprint.gpu_step_bytes(self.transformer, length, image) if self._on_gpu else \
+            footprint.block_bytes(self.transformer, length, image, size)
+        held = text if ways.keep_loaded else 0
+        denoise = Phase("denoise", self._weights, max(step, self._timestep - self._weights) + known
+                        + (6 + together) * latents, SCRATCH_BYTES, held, base)
+        value = 2 if runtime.why_no_products(self.device) is None else size
+        work = footprint.decode_bytes(vae, width, height, ways.tile, value) + known + together * latents
+        decode = Phase("decode", self._vae_values * value, work + 4 * width * height, CONVOLUTION_BYTES,
+                       held + (self._weights + step if ways.keep_loaded else 0), base)
+        return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
+
+    def _read_text_encoder(self) -> None:
+        super()._read_text_encoder()
+        with self.folder.checkpoint("text_encoder") as checkpoint:
+            parts = footprint.parts_in_order(checkpoint)[: max(self.settings["text_taps"])]
+            others = [name for name in checkpoint if footprint.part_of(name) is None and not name.startswith("lm_head")]
+            sizes = [sum(checkpoint.info(name).nbytes for name in part) for part in parts]
+            self.text_layers, self.text_largest = sum(sizes), max(sizes, default=0)
+            self.text_all = self.text_layers + sum(checkpoint.info(name).nbytes for name in others)
+
+
+def available_bytes(device: str) -> int | None:
+    """GPU memory that this process may still take, with what it holds already: compare a plan's peak with it. None
+    without such a device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + int(torch.cuda.memory_reserved(device)) + BASE_BYTES

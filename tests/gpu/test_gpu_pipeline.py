@@ -1,0 +1,113 @@
+"""The pipeline around the GPU's step: device, memory plan, layers that visit, and the same picture as on the CPU."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from linocut.errors import UsageError
+from linocut.formats.folder import ModelFolder
+from linocut.formats.packed import packed_nbytes
+from linocut.models.configs import Flux2Config
+from linocut.models.flux2_gpu import GpuTransformer, runner
+from linocut.pipeline import budget, footprint, memory_gpu
+from linocut.pipeline.components import Components, visit
+from linocut.pipeline.device import choose
+from linocut.pipeline.generate import Pipeline
+from linocut.pipeline.memory_gpu import GpuPlanner
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINOCUT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LINOCUT_GPU_TUNE", "0")
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_picture(tiny_model, device, monkeypatch):
+    """On a GPU by --device; in the interpreter by putting the GPU's step where the CPU's was."""
+    wanted = Pipeline.from_pretrained(tiny_model, device="cpu")("a red apple", seed=3, width=32, height=32)
+    seen: list[GpuTransformer] = []
+
+    def ours(self, network, rows=None):
+        if hasattr(network, "transformer_blocks"):
+            seen.append(runner(network))
+            return seen[-1]
+        return network
+
+    if device == "cpu":
+        monkeypatch.setattr(Components, "runner", ours)
+    found = Pipeline.from_pretrained(tiny_model, device=device)("a red apple", seed=3, width=32, height=32)
+    assert device == "cuda" or isinstance(seen[0], GpuTransformer)
+    a, b = (np.asarray(result.images[0]).astype(float) for result in (wanted, found))
+    assert 10 * np.log10(255**2 / max(((a - b) ** 2).mean(), 1e-3)) > 30
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "cpu"])
+def test_devices_are_asked_for_by_name(name):
+    assert choose(name).name == name
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UsageError, match="mps or mlx"):
+        choose("vulkan")
+    with pytest.raises(UsageError, match="CUDA devices only"):
+        choose("mps", max_memory="2GB")
+    assert choose("cuda", max_memory="2GB").name == "cuda"
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no CUDA device"):
+            Pipeline.from_pretrained("embedded", device="cuda")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UsageError, match="no such device"):
+            Pipeline.from_pretrained("embedded", device="mps")
+
+
+def test_a_layer_visits_the_device_and_leaves_nothing_there():
+    layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))]).eval()
+    home = {name: tensor.data_ptr() for name, tensor in layers.state_dict().items()}
+    given, seen = torch.randn(2, 4), []
+    wanted = layers[0](given)
+    visit(layers, torch.device("cpu") if not torch.cuda.is_available() else torch.device("cuda"))
+    layers[0][0].register_forward_hook(lambda module, *_: seen.append(module.weight.device))
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    for _ in range(2):
+        assert torch.allclose(layers[0](given.to(where)).cpu(), wanted, atol=1e-6)
+    assert [each.type for each in seen] == [where, where]
+    assert {name: tensor.data_ptr() for name, tensor in layers.state_dict().items()} == home
+
+
+def test_klein_fits_what_a_step_may_take():
+    """Packed weights as they are stored, the edges and the memory of a step: within 1.5 GB and 2.0 GB at 1024 px."""
+    config = Flux2Config()
+    shapes = [(3072, 3072)] * 40 + [(18432, 3072)] * 10 + [(3072, 9216)] * 10 + [(27648, 3072), (3072, 12288)] * 20
+    step = footprint.gpu_step_bytes(config, 512, 4096)
+    for encoding, most in (("binary", 1.5e9), ("ternary", 2.0e9)):
+        packed = sum(packed_nbytes(encoding, shape) for shape in shapes)
+        assert packed + 48.8e6 + step < most
+
+
+def test_planning_keeps_within_a_limit_or_says_what_would_fit(tiny_model):
+    planner = GpuPlanner(ModelFolder.open(tiny_model), "cuda")
+    whole = planner.plan(64, 64)
+    assert whole.ways.keep_loaded
+    assert {phase.name for phase in whole.phases} == {"encode", "denoise", "decode"}
+    assert all(phase.base == memory_gpu.BASE_BYTES for phase in whole.phases)
+    held = next(phase for phase in whole.phases if phase.name == "decode").held
+    assert held > 0
+    plan = budget.fit(planner, 64, 64, limit=whole.peak - 1)
+    assert not plan.ways.keep_loaded
+    assert plan.peak < whole.peak
+    with pytest.raises(UsageError, match="would need"):
+        budget.fit(planner, 64, 64, limit=memory_gpu.BASE_BYTES // 2)
+    assert json.dumps(whole.to_dict())
+
+
+def test_streaming_the_text_encoder_takes_less(tiny_model):
+    from dataclasses import replace
+
+    planner = GpuPlanner(ModelFolder.open(tiny_model), "cuda")
+    ways = replace(planner.default_ways(64, 64), keep_loaded=False)
+    resident, streamed = (planner.plan(64, 64, ways=replace(ways, stream=stream)) for stream in (False, True))
+    assert streamed.phases[0].weights < resident.phases[0].weights
+    assert streamed.phases[1] == resident.phases[1]
