@@ -42,7 +42,7 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     quantize_(student.transformer, Policy.preset("flux2-embedded", encoding), fake=True, eps=settings.residual)
     student.transformer.requires_grad_(True)
     average = Average(student.transformer, settings.ema)
-    optimizers = make_optimizers(student.transformer, settings.lr, 0.0, muon=False)
+    optimizers = make_optimizers(student.transformer, settings.lr, 0.0, settings.muon, settings.dense_lr or None)
     snapshot = Snapshot(run / encoding, student.transformer, average, optimizers, ranks)
     done, saved = snapshot.restore()
     schedule = Schedule(settings, ranks, done)

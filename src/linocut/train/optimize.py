@@ -65,17 +65,22 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.transpose(1, 2) if tall else x
 
 
-def make_optimizers(module: nn.Module, lr: float, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW for everything else; or AdamW for all."""
+def make_optimizers(module: nn.Module, lr: float, weight_decay: float, muon: bool,
+                    dense_lr: float | None = None) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks, AdamW for everything else, at `dense_lr` if given; or AdamW for all."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    apart = muon or dense_lr is not None
     for name, parameter in module.named_parameters():
         in_block = parameter.ndim == 2 and ("blocks." in name or "layers." in name)
-        (matrices if muon and in_block else others).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=others[0].is_cuda)]
+        (matrices if apart and in_block else others).append(parameter)
+
+    def adam(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=parameters[0].is_cuda)
+
+    optimizers = [adam(others, lr if dense_lr is None else dense_lr)]
     if matrices:
-        optimizers.append(Muon(matrices, lr, weight_decay))
+        optimizers.append(Muon(matrices, lr, weight_decay) if muon else adam(matrices, lr))
     return optimizers
 
 

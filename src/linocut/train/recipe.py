@@ -98,7 +98,8 @@ class QatSettings(StageSettings):
     `contrast` weighs the error of the difference that another prompt makes to the velocity, at the first half of the
     grid, where rows then go in pairs with the same noise. For the last share `freeze` of the schedule codes stay as the
     average has them, and scales and dense tensors learn on. Gradients of `accumulate` batches make one update. Every
-    `sheet_every` steps (0 for never) the averaged student draws the held-out prompts."""
+    `sheet_every` steps (0 for never) the averaged student draws the held-out prompts. `muon` orthogonalizes the updates
+    of block matrices; `dense_lr` (0: the same as `lr`) is the learning rate of all other tensors."""
 
     scenes: int = 100_000
     calibrate: int = 0
@@ -110,6 +111,8 @@ class QatSettings(StageSettings):
     freeze: float = 0.0
     accumulate: int = 1
     sheet_every: int = 0
+    muon: bool = False
+    dense_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:

@@ -1,0 +1,189 @@
+"""Ways of training compared: arms of a study share one teacher and one beginning and get equal time.
+
+    python -m linocut.train.study recipes/embedded/study.toml --run runs/embedded --out runs/study            # all arms
+    python -m linocut.train.study recipes/embedded/study.toml --run runs/embedded --out runs/study --arm muon
+
+An arm is the recipe with other settings: `[arms.NAME.qat]` replaces settings of stages `ternary` and `binary`,
+`[arms.NAME.path]` those of the path. Each arm and encoding is one process on one GPU, `--devices` of them at a time,
+and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run again, and what was cut goes on from
+its saved state. All arms are measured alike, by the recipe's own path. The table is sorted by the error of the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from linocut.errors import UsageError
+from linocut.formats.writer import atomic_write_bytes
+from linocut.train.recipe import PathSettings, QatSettings, Recipe, section
+
+ENCODINGS = ("ternary", "binary")
+SHARED = ("teacher", "vae", "tokenizer")  # of the run folder
+PROMPTS = 256  # of split dev, on which arms are measured
+REPORT = "{}.report.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms by name, each a recipe, and the recipe that they vary."""
+
+    arms: dict[str, Recipe]
+    base: Recipe
+
+    @classmethod
+    def from_file(cls, path: Path, seconds: float | None = None) -> Study:
+        """Read a study. Raises UsageError for an unreadable file, an unknown key or a setting that does not fit."""
+        try:
+            table = tomllib.loads(path.read_text("utf-8"))
+            base = Recipe.from_file(path.parent / table["recipe"])
+            limit = float(seconds or table["seconds"])
+            arms = {name: _arm(base, changes, limit, path) for name, changes in table["arms"].items()}
+        except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+            raise UsageError(f"{path}: not a readable study (keys recipe and seconds, tables arms.NAME): "
+                             f"{error!r}") from error
+        return cls(arms, base)
+
+
+def _arm(base: Recipe, changes: dict[str, Any], seconds: float, path: Path) -> Recipe:
+    if unknown := set(changes) - {"qat", "path"}:
+        raise UsageError(f"{path}: unknown tables {sorted(unknown)} of an arm; known are qat and path")
+    qat, route = changes.get("qat", {}), changes.get("path", {})
+    section(QatSettings, {"qat": qat}, "qat", path)
+    section(PathSettings, {"path": route}, "path", path)
+    route = {key: tuple(value) if isinstance(value, list) else value for key, value in route.items()}
+    return replace(base, path=replace(base.path, **route),
+                   ternary=replace(base.ternary, max_seconds=seconds, **qat),
+                   binary=replace(base.binary, max_seconds=seconds, **qat))
+
+
+def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path, device: str | None) -> None:
+    """Train one student of the teacher in `run` and leave it, and its report by `base`, in `folder`."""
+    from linocut.train.distill import train_quantized
+    from linocut.train.loop import Ranks, stop_in_order
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SHARED:
+        if not (folder / name).exists():
+            (folder / name).symlink_to((run / name).resolve())
+    ranks = Ranks.start(device)
+    stop_in_order()
+    began = time.monotonic()
+    train_quantized(recipe, encoding, folder, ranks)
+    seconds = round(time.monotonic() - began, 1)
+    found = measure(base, encoding, folder, ranks.device) | {"seconds": seconds}
+    atomic_write_bytes(folder / REPORT.format(encoding), (json.dumps(found) + "\n").encode())
+
+
+def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[str, Any]:
+    """How far a student is from the teacher on prompts of split dev, drawn from the same noise.
+
+    `errors`: mean squared error of the velocity by step of the grid, on the teacher's path. `picture`: squared error of
+    the final latents on the student's own path over the variance of the teacher's. `psnr` in dB, of decoded pictures.
+    """
+    import torch
+
+    from linocut.train.autoencoder import load_vae
+    from linocut.train.dataset import Captions, make_tokenizer, psnr
+    from linocut.train.export import quantized
+    from linocut.train.loop import autocast
+    from linocut.train.painter import Painter, grid_levels
+    from linocut.train.prompts import sample_prompts
+    from linocut.train.teacher import held_out_noise
+    from linocut.train.weights import load_weights
+
+    teacher, vae = Painter.load(recipe, folder / "teacher", device), load_vae(recipe, folder, device)
+    student = quantized(recipe, encoding).eval().requires_grad_(False)
+    load_weights(student, folder / encoding)
+    student.to(device)
+    count = PROMPTS if device.type == "cuda" else 8
+    texts = [prompt["prompt"] for prompt in sample_prompts("dev", count)]
+    captions = Captions.build(make_tokenizer(recipe, folder / "tokenizer"), texts, device)
+    levels, noise = grid_levels(recipe), held_out_noise(recipe, count, device)
+    errors, wrong, energy, likeness = [0.0] * recipe.path.grid, 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for rows in torch.arange(count, device=device).split(64):
+            with autocast(device):
+                text, own = (painter.read(*captions.pick(rows)) for painter in (teacher, student))
+            x = noise[rows]
+            for stage, (here, there) in enumerate(pairwise(levels)):
+                parts = recipe.path.substeps[stage]
+                onward = teacher.walk(x, text, [here + (there - here) * i / parts for i in range(parts + 1)])
+                with autocast(device):
+                    v = student.velocity(x, own, torch.full((len(rows),), here, device=device))
+                errors[stage] += float((v - (onward - x) / (there - here)).square().mean()) * len(rows) / count
+                x = onward
+            drawn = student.walk(noise[rows], own, levels)
+            wrong, energy = wrong + float((drawn - x).square().sum()), energy + float((x - x.mean()).square().sum())
+            ours, theirs = (vae.image_from_latents(z.transpose(1, 2).unflatten(2, recipe.tokens)) for z in (drawn, x))
+            likeness += psnr(ours, theirs.clamp(-1, 1)) * len(rows) / count
+    return {"errors": errors, "picture": wrong / energy, "psnr": likeness}
+
+
+def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> None:
+    """Run arms that are not done yet, one per device at a time."""
+    waiting, running = list(jobs), dict[int, subprocess.Popen[bytes]]()
+    while waiting or running:
+        for slot in range(options.devices):
+            if slot in running and running[slot].poll() is not None:
+                del running[slot]
+            if slot not in running and waiting:
+                arm, encoding = waiting.pop(0)
+                options.out.mkdir(parents=True, exist_ok=True)
+                with (options.out / f"{arm}.{encoding}.log").open("ab") as log:
+                    command = [sys.executable, "-m", "linocut.train.study", str(options.study), "--arm", arm,
+                               "--encoding", encoding, "--run", str(options.run), "--out", str(options.out)]
+                    command += ["--seconds", str(options.seconds)] if options.seconds else []
+                    command += ["--device", options.device] if options.device else []
+                    running[slot] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                                     env=os.environ | {"CUDA_VISIBLE_DEVICES": str(slot)})
+        time.sleep(0.2)
+
+
+def table(out: Path, names: list[str]) -> str:
+    """All reports, best first."""
+    found = [(arm, encoding, json.loads((out / arm / REPORT.format(encoding)).read_text()))
+             for arm in names for encoding in ENCODINGS if (out / arm / REPORT.format(encoding)).is_file()]
+    found.sort(key=lambda row: (ENCODINGS.index(row[1]), row[2]["picture"]))
+    lines = [f"{'arm':16} {'encoding':8} {'picture':>8} {'PSNR':>6}  error by step"]
+    lines += [f"{arm:16} {encoding:8} {report['picture']:8.4f} {report['psnr']:6.2f}  "
+              + " ".join(f"{error:.4f}" for error in report["errors"]) for arm, encoding, report in found]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="run folder with the autoencoder and the teacher")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arm", action="append", help="repeatable; default: all")
+    parser.add_argument("--encoding", action="append", choices=ENCODINGS, help="repeatable; default: both")
+    parser.add_argument("--seconds", type=float, help="of training per arm, instead of the study's")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs to use side by side")
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    study = Study.from_file(options.study, options.seconds)
+    names, encodings = options.arm or list(study.arms), options.encoding or list(ENCODINGS)
+    if unknown := set(names) - set(study.arms):
+        raise SystemExit(f"unknown arms {sorted(unknown)}; the study has {', '.join(study.arms)}")
+    jobs = [(arm, encoding) for arm in names for encoding in encodings
+            if not (options.out / arm / REPORT.format(encoding)).is_file()]
+    if options.arm and len(names) * len(encodings) == 1:
+        for arm, encoding in jobs:
+            run_arm(study.arms[arm], study.base, encoding, options.run, options.out / arm, options.device)
+    else:
+        conduct(options, jobs)
+    print(table(options.out, names), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Arms of a study: equal beginnings, reports by the same measure, nothing done twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_recipe import ROOT, write_recipe, write_sprites
+
+from linocut.errors import UsageError
+from linocut.train.recipe import Recipe
+from linocut.train.stages import run_stage
+from linocut.train.study import REPORT, Study, run_arm, table
+
+ARMS = 'recipe = "recipe.toml"\nseconds = 30\n[arms.plain]\n[arms.muon.qat]\nmuon = true\nlr = 1e-3\ndense_lr = 1e-4\n'
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a study, and a run with the tiny recipe's autoencoder and teacher."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("study")
+    recipe = Recipe.from_file(write_recipe(root))
+    write_sprites(root / "sprites")
+    for stage in ("vae", "teacher"):
+        run_stage(stage, recipe, root / "run", root / "sprites", "cpu")
+    (root / "study.toml").write_text(ARMS)
+    return root
+
+
+def test_arms_vary_what_they_say_and_nothing_else(trained):
+    study = Study.from_file(trained / "study.toml", seconds=7)
+    plain, muon = study.arms["plain"], study.arms["muon"]
+    assert plain.ternary.max_seconds == muon.binary.max_seconds == 7
+    assert (muon.ternary.muon, muon.ternary.lr, muon.ternary.dense_lr) == (True, 1e-3, 1e-4)
+    assert plain.ternary.lr == study.base.ternary.lr
+    assert muon.ternary.batch == plain.ternary.batch
+    assert muon.path == plain.path == study.base.path
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ('recipe = "recipe.toml"\nseconds = 1\n', "not a readable study"),
+    (ARMS + "[arms.x]\nlr = 1\n", "unknown tables.*known are qat and path"),
+    (ARMS + "[arms.x.qat]\nrate = 1\n", "unknown keys.*rate"),
+])
+def test_a_study_that_makes_no_sense_is_refused(trained, tmp_path, text, found):
+    write_recipe(tmp_path)
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(UsageError, match=found):
+        Study.from_file(tmp_path / "study.toml")
+
+
+def test_the_command_runs_every_arm_once(trained):
+    command = [sys.executable, "-m", "linocut.train.study", str(trained / "study.toml"), "--run", str(trained / "run"),
+               "--out", str(trained / "out"), "--encoding", "ternary", "--device", "cpu", "--devices", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    first = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    reports = {arm: trained / "out" / arm / REPORT.format("ternary") for arm in ("plain", "muon")}
+    found = {arm: json.loads(path.read_text()) for arm, path in reports.items()}
+    assert found["plain"]["errors"] != found["muon"]["errors"]
+    for report in found.values():
+        assert len(report["errors"]) == 2
+        assert min(report["errors"]) > 0
+        assert report["picture"] > 0
+    times = {path: path.stat().st_mtime_ns for path in reports.values()}
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == first
+    assert {path: path.stat().st_mtime_ns for path in reports.values()} == times
+    rows = first.splitlines()[1:]
+    best = min(found, key=lambda arm: found[arm]["picture"])
+    assert rows[0].split()[0] == best
+    assert table(trained / "out", ["muon"]).count("\n") == 1
+
+
+def test_an_arm_is_measured_by_the_path_of_the_recipe(trained, tmp_path, monkeypatch):
+    text = (trained / "study.toml").read_text() + "[arms.single.path]\nsubsteps = [1, 1]\n"
+    (trained / "single.toml").write_text(text)
+    study = Study.from_file(trained / "single.toml")
+    assert study.arms["single"].path.substeps == (1, 1)
+    seen = []
+    monkeypatch.setattr("linocut.train.study.measure", lambda recipe, *_: seen.append(recipe.path.substeps) or {})
+    run_arm(study.arms["single"], study.base, "binary", trained / "run", tmp_path / "single", "cpu")
+    assert seen == [(1, 2)]
