@@ -1,9 +1,17 @@
 """Fixtures that several folders of tests share."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # Triton's own functions are interpreted or not as its import found it, and whoever is first imports it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -216,9 +216,9 @@ def test_mlx_that_cannot_be_imported_is_an_error_too(tiny_model: Path, monkeypat
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("--device", "tpu"), "auto, cpu, cuda, cuda:N or mlx (found 'tpu')"),
+    (("--device", "tpu"), "auto, cpu, cuda, cuda:N, mps or mlx (found 'tpu')"),
     (("--device", "cuda"), "finds no CUDA device"),
-    (("--device", "mlx", "--max-memory", "2GB"), "a memory limit can be kept on the CPU only"),
+    (("--device", "mlx", "--max-memory", "2GB"), "a memory limit can be kept on the CPU and on CUDA devices only"),
     (("--device", "mlx", "--dtype", "float16"), "needs float32 (found float16)"),
 ])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is missing")
