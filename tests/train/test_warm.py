@@ -1,5 +1,6 @@
 """A teacher that begins with the weights of a packed model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def test_tokens_keep_their_embedding_in_another_vocabulary(published, tmp_path):
     found = painter.text_encoder.embed_tokens.weight
     for token, index in ids.items():
         assert torch.equal(found[index], fresh[index] if token in new else rows[before[token]])
+
+
+def test_new_blocks_begin_as_the_identity(published):
+    root, recipe = published
+    tokenizer = make_tokenizer(recipe, root / "run" / "tokenizer")
+    grown = replace(recipe, transformer=replace(recipe.transformer, num_layers=2, num_single_layers=3))
+    torch.manual_seed(3)
+    small, large = Painter(recipe), Painter(grown)
+    inputs = torch.randn(2, 4, 16), torch.randn(2, recipe.data.text_length, 384), torch.tensor([0.3, 0.9])
+    for painter in (small, large):
+        painter.image_ids = painter.image_ids[:4]
+        start_from(painter, tokenizer, root / "model")
+        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+            torch.nn.init.normal_(painter.transformer.get_submodule(name).linear.weight, std=0.1,
+                                  generator=torch.Generator().manual_seed(4))
+        torch.nn.init.normal_(painter.transformer.proj_out.weight, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.allclose(small.velocity(*inputs), large.velocity(*inputs), atol=1e-5)
+    assert large.transformer.single_transformer_blocks[2].attn.to_qkv_mlp_proj.weight.abs().min() > 0  # it can learn
 
 
 def test_another_shape_is_refused(published):

@@ -7,6 +7,7 @@ training over from one run to the next through the model that was published, wit
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -20,14 +21,17 @@ from linocut.models.text_encoder import PromptTokenizer
 from linocut.train.painter import Painter
 
 _EMBEDDING = "embed_tokens.weight"
+_BLOCK = re.compile(r"(?:single_)?transformer_blocks\.\d+\.")
+_ADDS = re.compile(r"attn\.(?:to_out|to_add_out)(?:\.0)?\.weight$|ff(?:_context)?\.linear_out\.weight$")
 
 
 @torch.no_grad()
 def start_from(painter: Painter, tokenizer: PromptTokenizer, folder: Path) -> None:
     """Set the painter's weights to those of a model folder, packed or dense.
 
-    Its tokenizer may be another one: tokens that both have keep their embedding, all others begin at random as ever.
-    Raises FormatError that names the tensor if a shape differs.
+    Its tokenizer may be another one: tokens that both have keep their embedding, all others begin at random as ever. It
+    may have fewer blocks: those that the painter has more, last of their kind, begin as the identity, and the painter
+    draws what the model drew. Raises FormatError that names the tensor if a shape differs.
     """
     _copy(painter.transformer, folder / "transformer", {})
     with Checkpoint.open(folder / "text_encoder") as checkpoint:
@@ -39,13 +43,24 @@ def start_from(painter: Painter, tokenizer: PromptTokenizer, folder: Path) -> No
 
 def _copy(module: nn.Module, folder: Path, instead: dict[str, Tensor]) -> None:
     with Checkpoint.open(folder) as checkpoint:
+        known = {_block(name) for name in (*checkpoint, *checkpoint.packed)}
         for name, target in module.state_dict().items():
+            if _block(name) not in known:  # a new block, which adds nothing yet
+                if _ADDS.search(name):
+                    target.zero_()
+                continue
             value = instead[name] if name in instead else _dense(checkpoint, name)
             if value.shape != target.shape:
                 raise FormatError("tensor has another shape than the recipe's network", path=folder, tensor=name,
                                   expected=list(target.shape), found=list(value.shape),
                                   advice="start from a model of the same shape, or from nothing")
             target.copy_(value)
+
+
+def _block(name: str) -> str:
+    """What a tensor belongs to: its block, or else nothing."""
+    found = _BLOCK.match(name)
+    return found.group() if found else ""
 
 
 def _dense(checkpoint: Checkpoint, name: str) -> Tensor:
