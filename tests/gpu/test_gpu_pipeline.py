@@ -77,6 +77,27 @@ def test_a_layer_visits_the_device_and_leaves_nothing_there():
     assert {name: tensor.data_ptr() for name, tensor in layers.state_dict().items()} == home
 
 
+def test_a_visit_that_fails_leaves_nothing_either():
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    home = layers[0].weight.data_ptr()
+    visit(layers, torch.device("cuda" if torch.cuda.is_available() else "meta"))
+    layers[0].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layers[0](torch.randn(2, 4))
+    assert layers[0].weight.device.type == "cpu"
+    assert layers[0].weight.data_ptr() == home
+
+
+def test_layers_that_visit_a_gpu_are_not_computed_on_the_cpu(tiny_model):
+    components = Components(ModelFolder.open(tiny_model), torch.float32, torch.device("cpu"), keep=False)
+    with components.use("text_encoder") as encoder:
+        components.device = torch.device("cuda")
+        assert components.runner(encoder) is encoder
+
+
 def test_klein_fits_what_a_step_may_take():
     """Packed weights as they are stored, the edges and the memory of a step: within 1.5 GB and 2.0 GB at 1024 px."""
     config = Flux2Config()

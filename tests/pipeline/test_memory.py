@@ -118,6 +118,10 @@ def test_what_embeds_the_prompt_is_gone_while_denoising(tmp_path: Path, monkeypa
     plans = [memory.plan(folder, 32, 32, keep_loaded=False, pictures=2, prompts=prompts).phases[1].weights
              for prompts in (2, 1)]
     assert plans[0] - plans[1] == (embedder if kernel == "auto" else 0)
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": False}))
+    guided = memory.plan(ModelFolder.open(tmp_path / "model"), 32, 32, keep_loaded=False).phases[1].weights
+    assert guided == plans[0]  # the empty prompt is embedded after the first block of the other
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts resident pages as Linux lists them")

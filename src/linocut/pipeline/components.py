@@ -12,6 +12,7 @@ import ctypes
 import gc
 import os
 import platform
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -101,7 +102,7 @@ class Components:
         `rows` is how many tokens a fused step of the transformer takes at a time.
         """
         if isinstance(network, Qwen3Encoder):
-            return text_encoder_cpu.runner(network)
+            return text_encoder_cpu.runner(network) if self.device.type == "cpu" else network
         if self.device.type == "cuda" and gpu.why_no_products(str(self.device)) is None:
             from linocut.models import flux2_gpu
 
@@ -128,7 +129,7 @@ class Components:
         if kept is None or not torch.equal(kept[0].sigmas, schedule.sigmas):
             rows = self._modulation_rows(schedule).split(1)
             if not self.keep:
-                give_memory_back()
+                self._give_memory_back()
             kept = self._modulations = schedule, [Modulations.from_rows(row) for row in rows]
         return kept[1]
 
@@ -142,7 +143,8 @@ class Components:
         assert weights is not None  # else there would be no such schedule
         with weights:
             network = build_and_load(TimestepNetwork, config, weights)
-            return tabulate(network.to(self.device), schedule.sigmas[:-1], lambda: _release_all_but_parts(weights))
+            rows = tabulate(network, schedule.sigmas[:-1], lambda: _release_all_but_parts(weights))
+        return rows.to(self.device)  # a GPU has no use for the weights
 
     def vae_for_previews(self) -> Autoencoder:
         """The autoencoder with its weights as they are stored: only the few that previews read enter memory."""
@@ -269,7 +271,7 @@ def visit(layers: Iterable[nn.Module], device: torch.device) -> None:
                 table.update(tensors)
 
         layer.register_forward_pre_hook(come)
-        layer.register_forward_hook(go)
+        layer.register_forward_hook(go, always_call=True)  # also when memory runs out in between
 
 
 def _release_all_but_parts(checkpoint: Checkpoint) -> None:
@@ -306,6 +308,9 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
+_ASKING, _asked = threading.Lock(), list[str]()
+
+
 def use_huge_pages() -> None:
     """Have torch ask Linux for pages of 2 MB in tensors of that size and more, in this process and from now on.
 
@@ -313,10 +318,12 @@ def use_huge_pages() -> None:
     decoded. torch asks its environment once, when it makes its first tensor; if there is one, nothing changes.
     """
     name = "THP_MEM_ALLOC_ENABLE"
-    if name in os.environ:  # the user's own choice
-        return
-    os.environ[name] = "1"
-    try:
-        torch.empty(1, device="cpu")
-    finally:
-        del os.environ[name]  # not for the processes that this one starts
+    with _ASKING:
+        if _asked or name in os.environ:  # the user's own choice
+            return
+        _asked.append(name)
+        os.environ[name] = "1"
+        try:
+            torch.empty(1, device="cpu")
+        finally:
+            del os.environ[name]  # not for the processes that this one starts

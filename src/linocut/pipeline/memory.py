@@ -195,7 +195,8 @@ class Planner:
         together = 1 if ways.keep_loaded else min(pictures, ways.at_once)
         image = (width // vae.token_side) * (height // vae.token_side)
         features = length * len(self.settings["text_taps"]) * text.hidden_size * size
-        known, latents = features * min(prompts, together), image * self.transformer.in_channels * 4
+        texts = self._texts(prompts, together)
+        known, latents = features * texts, image * self.transformer.in_channels * 4
 
         layer = (footprint.fused_layer_bytes if self._fused_text else footprint.layer_bytes)(text, length, size)
         reading = self._text_weights if ways.keep_loaded else self._text_streamed
@@ -205,7 +206,7 @@ class Planner:
         block = footprint.fused_block_bytes(self.transformer, length, image, ways.rows, fusible.attention_bytes()) \
             if self._fused else footprint.block_bytes(self.transformer, length, image, size)
         weights = self._streamed if ways.stream else self._weights
-        if self._fused and min(prompts, together) == 1 and not ways.keep_loaded:
+        if self._fused and texts == 1 and not ways.keep_loaded:
             weights = max(self._streamed, weights - self._once)  # what embeds the only prompt goes as the rest comes
         copied = has_amx()
         scratch = SCRATCH_BYTES * (3 if copied and not self._fused else 1)
@@ -224,6 +225,11 @@ class Planner:
         decode = Phase("decode", copies, work,
                        CONVOLUTION_BYTES, self._text_weights + weights if ways.keep_loaded else 0, base)
         return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
+
+    def _texts(self, prompts: int, together: int) -> int:
+        """Texts whose features are in memory at once: with guidance, the empty one beside those of the pictures."""
+        empty = 0 if self.settings["is_distilled"] else 1
+        return min(max(prompts, 1 + empty), together + empty)
 
     def _tokenizer(self) -> int:
         return footprint.tokenizer_bytes(self.disk["tokenizer"])

@@ -55,7 +55,7 @@ class GpuPlanner(Planner):
         together = 1 if ways.keep_loaded else min(pictures, ways.at_once)
         image = (width // vae.token_side) * (height // vae.token_side)
         features = length * len(self.settings["text_taps"]) * self.text.hidden_size * size
-        known, latents = features * min(prompts, together), image * self.transformer.in_channels * 4
+        known, latents = features * self._texts(prompts, together), image * self.transformer.in_channels * 4
         text = self.text_all
         reading = text - (0 if not ways.stream else self.text_layers - 2 * self.text_largest)
         encode = Phase("encode", reading, footprint.layer_bytes(self.text, length, size) + known + features,
