@@ -175,7 +175,8 @@ def test_kills_lose_nothing(model, tmp_path):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            assert not (tmp_path / "killed").exists()
+            if (tmp_path / "killed").exists():  # all was done but to end
+                break
     assert kills > 0
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
     assert not list(tmp_path.glob(".*"))
