@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_networks import DEVICE, dense_network, packed_network
+from gpu_plot import entries, plot
 from torch import Tensor, nn
 
 from linocut.formats.packed import ENCODINGS
@@ -37,12 +39,10 @@ from linocut.kernels.gpu.routes import Route, Scratch, Shape
 from linocut.kernels.problem import PackedWeight
 from linocut.kernels.selfcheck import random_weight
 from linocut.models.configs import AutoencoderConfig, Flux2Config
-from linocut.models.flux2 import Flux2Blocks, RMSNorm, image_position_ids, text_position_ids
+from linocut.models.flux2 import image_position_ids, text_position_ids
 from linocut.models.flux2_gpu import GpuTransformer
-from linocut.models.linear import PackedLinear, StoredLinear
 from linocut.models.modulations import Modulations
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOY_CONFIG = Flux2Config(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=64,
                          num_attention_heads=2, joint_attention_dim=384, axes_dims_rope=(16, 16, 16, 16))
 TOY_VAE = AutoencoderConfig(block_out_channels=(16, 16, 32, 32), layers_per_block=1, latent_channels=4,
@@ -357,46 +357,6 @@ def _attention(bench: Bench, wide: Tensor, m: int) -> list[dict[str, Any]]:
     return found
 
 
-def packed_network(config: Flux2Config, encoding: str) -> Flux2Blocks:
-    """A transformer with random packed blocks that keep the size of what goes through, on the device."""
-    with torch.device("meta"):
-        network = Flux2Blocks(config)
-    torch.manual_seed(0)
-    for name, module in list(network.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        parent = network.get_submodule(name.rpartition(".")[0])
-        if "blocks." in name:
-            layer: nn.Module = PackedLinear(module.in_features, module.out_features, encoding).to(DEVICE)
-            layer.codes.random_(0, 256)  # type: ignore[operator]
-            size = (module.in_features * (1.0 if encoding == "binary" else 2 / 3)) ** -0.5
-            layer.scales.uniform_(0.7 * size, 1.3 * size)  # type: ignore[operator]
-        else:
-            layer = StoredLinear(module.in_features, module.out_features, bias=False)
-            layer.weight = nn.Parameter(torch.randn(module.weight.shape, device=DEVICE, dtype=torch.bfloat16)
-                                        * module.in_features**-0.5, requires_grad=False)
-        setattr(parent, name.rpartition(".")[2], layer)
-    _norms(network)
-    return network.requires_grad_(False).eval()
-
-
-def _norms(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, RMSNorm):
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, device=DEVICE), requires_grad=False)
-
-
-def dense_network(config: Flux2Config) -> Flux2Blocks:
-    with torch.device("meta"):
-        network = Flux2Blocks(config)
-    network = network.to(torch.bfloat16).to_empty(device=DEVICE)
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    _norms(network)
-    return network.requires_grad_(False).eval()
-
-
 def step_inputs(bench: Bench, config: Flux2Config, side: int, dtype: torch.dtype = torch.float32) -> list[Any]:
     torch.manual_seed(1)
     tokens = bench.tokens(side)
@@ -551,11 +511,6 @@ def picture(bench: Bench) -> dict[str, Any]:
     return {**found, **({} if bench.toy else _embedded())}
 
 
-def entries(value: Any) -> list[dict[str, Any]]:
-    """A section's list, or nothing where it failed or did not run."""
-    return value if isinstance(value, list) else []
-
-
 def _embedded() -> dict[str, Any]:
     """The embedded models: seconds of a picture, and how far it is from the CPU's of the same seed (PSNR, dB)."""
     import numpy as np
@@ -587,36 +542,6 @@ def _embedded() -> dict[str, Any]:
 
 SECTIONS = {"device": device, "parity": parity, "compile": compile_, "tune": tune, "products": products, "rows": rows_,
             "step": step, "profile": profile, "dense": dense, "compiled": compiled, "picture": picture}
-
-
-def plot(source: Path, target: Path) -> None:
-    """TFLOP/s of each route's best tile against operations per byte moved, under the roofs of the device."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    content = json.loads(source.read_text())
-    facts = content["device"]
-    figure, axes = plt.subplots(figsize=(9, 6))
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for each in content["tune"]:
-        key = (each["route"], each["m"], each["n"], each["o"], each["encoding"])
-        if 0 < (each["seconds"] or 0) < best.get(key, {"seconds": math.inf})["seconds"]:
-            best[key] = each
-    for name in KIND:
-        points = [each for each in best.values() if each["route"] == name]
-        bits = {"binary": 1.125, "ternary": 1.727}
-        x = [2 * e["m"] * e["n"] * e["o"] / (e["m"] * (e["n"] + 2 * e["o"]) + e["n"] * e["o"] * bits[e["encoding"]] / 8)
-             for e in points]
-        axes.scatter(x, [each["tflops"] for each in points], label=name, s=18)
-    span = [10, 10**4]
-    for peak, label in ((facts["bf16_flops"], "bf16 product of torch"), (2 * facts["bf16_flops"], "twice that")):
-        axes.plot(span, [min(peak, each * facts["copy_bytes_per_second"]) / 1e12 for each in span], "--", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s",
-             title=f"{facts['name']}, torch {facts['torch']}, Triton {facts['triton']}")
-    axes.legend()
-    figure.savefig(target, dpi=120, bbox_inches="tight")
 
 
 def main() -> int:

@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quantize import run
 
 METHODS = ("absmean", "exact", "folds", "gptq", "descent", "reconstruct")
 
@@ -39,16 +36,8 @@ def quantize(model: str, target: Path, encoding: str, method: str, prompts: Path
         return json.loads(known.read_text())
     command = [sys.executable, "-m", "linocut", "quantize", model, str(target), "--encoding", encoding, "--method",
                method, "--prompts", str(prompts), "--calibrate", str(count), "--json", "--force", *device]
-    with tempfile.TemporaryFile() as out:
-        start = time.monotonic()
-        child = subprocess.Popen(command, stdout=out)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.monotonic() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}")
-        out.seek(0)
-        report = json.load(out) | {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}  # Linux counts in KiB
+    report, seconds, peak = run(command)
+    report |= {"seconds": seconds, "peak_bytes": peak}
     known.write_text(json.dumps(report))
     return report
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from linocut.models.synthetic import SyntheticModel, synthetic_tokenizer
 from linocut.models.text_encoder import PromptTokenizer, Qwen3Encoder
 from linocut.quantize.policy import Policy
 from linocut.quantize.source import open_source
-from linocut.train.loop import autocast
+from linocut.train.painter import euler
 
 TOKEN_SIDE = 16  # pixels of a token's side, of every model of this kind
 
@@ -57,14 +56,9 @@ class Drawer:
         v: Tensor = self.transformer(latents.to(dtype), text.to(dtype), sigma, self.image_ids, self.text_ids)
         return v.float()
 
-    @torch.no_grad()
     def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
         """Euler's steps from x at levels[0] to levels[-1]."""
-        for here, there in pairwise(levels):
-            with autocast(x.device):
-                v = self.velocity(x, text, torch.full((len(x),), here, device=x.device))
-            x = x + (there - here) * v
-        return x
+        return euler(self.velocity, x, text, levels)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

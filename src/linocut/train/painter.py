@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,14 +52,9 @@ class Painter(nn.Module):
         """Velocity, float32 [B, I, 4C]."""
         return self.transformer(latents, text, sigma, self.image_ids, self.text_ids).float()
 
-    @torch.no_grad()
     def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
         """Euler's steps from x at levels[0] to levels[-1]."""
-        for here, there in pairwise(levels):
-            with autocast(x.device):
-                v = self.velocity(x, text, torch.full((len(x),), here, device=x.device))
-            x = x + (there - here) * v
-        return x
+        return euler(self.velocity, x, text, levels)
 
     def save(self, folder: Path) -> None:
         save_weights(folder, self.state_dict())
@@ -70,6 +65,17 @@ class Painter(nn.Module):
         painter = cls(recipe)
         load_weights(painter, folder)
         return painter.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def euler(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, text: Tensor,
+          levels: Sequence[float]) -> Tensor:
+    """Euler's steps along `velocity(x, text, sigma)` from x at levels[0] to levels[-1]."""
+    for here, there in pairwise(levels):
+        with autocast(x.device):
+            v = velocity(x, text, torch.full((len(x),), here, device=x.device))
+        x = x + (there - here) * v
+    return x
 
 
 def grid_levels(recipe: Recipe) -> list[float]:
