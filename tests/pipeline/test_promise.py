@@ -7,6 +7,7 @@ that there is, with blocks fused in C++ and layer by layer. Each picture is draw
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -85,3 +86,13 @@ def test_every_plan_of_the_embedded_model_is_kept(size: tuple[int, int], way: st
 @pytest.mark.parametrize(("size", "way"), list(itertools.product(SIZES, ["usual", "smallest"])))
 def test_every_plan_of_a_middling_model_is_kept(middling: Path, size: tuple[int, int], way: str, kernel: str) -> None:
     _check(middling, size, way, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["usual", "smallest"])
+def test_a_guided_picture_keeps_to_its_plan(middling: Path, tmp_path: Path, way: str) -> None:
+    """It reads two prompts, the empty one after the first block of the other, and so needs what embeds them twice."""
+    shutil.copytree(middling, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": False}))
+    _check(tmp_path / "model", (256, 256), way, "auto")
