@@ -1,5 +1,6 @@
 """kill -9 at any moment: no finished picture and no entry of the gallery is lost."""
 
+import http.client
 import io
 import random
 import signal
@@ -14,6 +15,8 @@ from linocut.pipeline.png import read_recipe
 
 PICTURES = 16
 START_SECONDS = 60
+# What a request meets whose server is killed: no connection, or an answer that ends too early.
+CUT_OFF = (OSError, http.client.HTTPException)
 
 
 class Life:
@@ -32,7 +35,7 @@ class Life:
                     self.drawing.set()
                 elif kind == "image":
                     self.reported[data["image"]["id"]] = data["image"]
-        except OSError:
+        except CUT_OFF:
             pass
 
     def edit(self):
@@ -40,7 +43,7 @@ class Life:
             for image_id in list(self.reported):
                 try:
                     answer = self.server.ask("PATCH", f"/api/images/{image_id}", {"favourite": True, "tags": ["kept"]})
-                except OSError:
+                except CUT_OFF:
                     return
                 if answer.status == 200:
                     self.reported[image_id] = answer.json

@@ -298,6 +298,23 @@ def test_a_blind_vote_is_exported(open_studio, tmp_path):
     assert {rows[0]["left"], rows[0]["right"]} == {"embedded", "embedded-binary"}
 
 
+def test_prompts_typed_before_the_models_come_stay(open_studio):
+    page = open_studio(path="/#/gallery")
+
+    def late(route):
+        time.sleep(1.5)
+        route.continue_()
+
+    page.route("**/api/models*", late)
+    page.goto(page.url.replace("gallery", "compare"))
+    page.reload()
+    page.get_by_role("button", name="Blind vote").click()
+    prompts = page.get_by_label("Prompts, one a line")
+    prompts.fill("a purple backpack")
+    expect(page.get_by_role("button", name="Draw 1 pair")).to_be_enabled()
+    expect(prompts).to_have_value("a purple backpack")
+
+
 def test_the_machine_says_what_it_does(open_studio):
     page = open_studio(path="/#/create")
     draw(page, "a purple backpack")
