@@ -29,7 +29,8 @@ from linocut.train.painter import Painter, grid_levels
 from linocut.train.qat import Distillation
 from linocut.train.recipe import QatSettings, Recipe
 from linocut.train.snapshot import Snapshot
-from linocut.train.teacher import draw_held_out
+from linocut.train.teacher import draw_held_out, held_out_latents
+from linocut.train.visibility import PICTURES, channel_weights
 
 
 def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> None:
@@ -58,7 +59,8 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
         torch.manual_seed(recipe.data.seed + 200 + ranks.rank + schedule.step * ranks.world)
         distillation = Distillation(
             settings, ranks, student, student.transformer, average, optimizers, snapshot, schedule,
-            Objective(settings.loss, settings.contrast, recipe.path.grid, ranks), run / f"{encoding}.jsonl",
+            Objective(settings.loss, settings.contrast, recipe.path.grid, ranks,
+                      _channels(recipe, run, teacher, captions, settings.pixels)), run / f"{encoding}.jsonl",
             sheet=_sheet(recipe, run, student, encoding, ranks), saved=saved)
         rows, columns = recipe.tokens
         batch = Journeys(recipe.path, grid_levels(recipe), teacher, CaptionReader(teacher, student, captions),
@@ -87,6 +89,16 @@ class CaptionReader:
         ids, mask = self.captions.draw(count)
         with autocast(ids.device):
             return self.teacher.read(ids, mask).float(), self.student.read(ids, mask).float()
+
+
+def _channels(recipe: Recipe, run: Path, teacher: Painter, captions: Captions, share: float) -> Tensor | None:
+    """Weights [4C] of the latents' channels, from pictures of the teacher; always the same for the same teacher."""
+    if not share:
+        return None
+    held_out = Captions.build(make_tokenizer(recipe, run / "tokenizer"), recipe.held_out[:PICTURES],
+                              captions.ids.device)
+    latents = held_out_latents(recipe, teacher, held_out)
+    return channel_weights(load_vae(recipe, run, latents.device).image_from_latents, latents, share)
 
 
 def _sheet(recipe: Recipe, run: Path, student: Painter, encoding: str, ranks: Ranks) -> Callable[[int], None]:

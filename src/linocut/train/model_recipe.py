@@ -87,6 +87,8 @@ class ModelRecipe:
             if getattr(recipe, name).batch % recipe.path.grid or (getattr(recipe, name).contrast and block % 2):
                 raise UsageError(f"{path}: {name}.batch must be a multiple of path.grid = {recipe.path.grid}, and of "
                                  f"twice that with contrast; found {getattr(recipe, name).batch}")
+            if getattr(recipe, name).pixels:
+                raise UsageError(f"{path}: {name}.pixels is for recipes with an autoencoder; take it out")
         if not recipe.sizes or any(len(size) != 2 for size in recipe.sizes):
             raise UsageError(f"{path}: sizes is a list of [width, height], found {table['sizes']}")
         if len(recipe.path.substeps) != recipe.path.grid:

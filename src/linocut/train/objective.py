@@ -22,18 +22,23 @@ _MEMORY = 0.99  # of the running variance
 
 
 class Objective:
-    """A loss that remembers how much prompts decide at each step of the grid, whose errors count by `weights` [K]."""
+    """A loss that remembers how much prompts decide at each step of the grid, whose errors count by `weights` [K].
 
-    def __init__(self, loss: str, contrast: float, grid: int, ranks: Ranks) -> None:
-        self.loss, self.contrast, self.grid, self.ranks = loss, contrast, grid, ranks
+    `channels` [C], mean 1, says how much an error in each channel counts (None: all the same).
+    """
+
+    def __init__(self, loss: str, contrast: float, grid: int, ranks: Ranks, channels: Tensor | None = None) -> None:
+        self.loss, self.contrast, self.grid, self.ranks, self.channels = loss, contrast, grid, ranks, channels
         self.variance = torch.zeros(grid, device=ranks.device)
         self.errors = torch.zeros(grid, device=ranks.device)  # of the last batch, mean by step of the grid
         self.sensitivity: Tensor | None = None
 
     def __call__(self, v: Tensor, target: Tensor, x: Tensor, sigma: Tensor, stage: Tensor, weights: Tensor) -> Tensor:
         """The loss of velocities v and target [B, I, C] at states x, noise levels sigma [B] and steps stage [B]."""
-        errors = (v - target).square().flatten(1).mean(1)
-        self.errors = torch.zeros_like(self.errors).index_add_(0, stage, errors.detach()) / (len(stage) / self.grid)
+        squares = (v - target).square()
+        plain = squares.detach().flatten(1).mean(1)
+        self.errors = torch.zeros_like(self.errors).index_add_(0, stage, plain) / (len(stage) / self.grid)
+        errors = (squares if self.channels is None else squares * self.channels).flatten(1).mean(1)
         weight = weights[stage]
         if self.loss == "normalized":
             self._measure(target, x, sigma, stage)

@@ -20,6 +20,11 @@ T = TypeVar("T")
 LOSSES = ("velocity", "normalized")
 
 
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f"{name} is a share: expected 0 to 1, found {value}")
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Scenes: `size` pixels a side, `scenes` per process, `captions` wordings of each, `text_length` tokens."""
@@ -67,12 +72,17 @@ class VaeSettings(StageSettings):
 @dataclass(frozen=True)
 class TeacherSettings(StageSettings):
     """`muon` orthogonalizes the updates of block matrices; `naming` weighs the loss of the naming head at the start.
+    A share `pixels` of what a latent channel counts goes by how much it shows in the picture (`visibility`).
     `start` is a model folder, relative to the recipe's, whose weights the teacher begins with; empty: from nothing."""
 
     muon: bool = True
     weight_decay: float = 0.01
     naming: float = 0.05
+    pixels: float = 0.0
     start: str = ""
+
+    def __post_init__(self) -> None:
+        _check_share("pixels", self.pixels)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ class QatSettings(StageSettings):
     grid, where rows then go in pairs with the same noise. For the last share `freeze` of the schedule codes stay as the
     average has them, and scales and dense tensors learn on. Gradients of `accumulate` batches make one update. Every
     `sheet_every` steps (0 for never) the averaged student draws the held-out prompts. `muon` orthogonalizes the updates
-    of block matrices; `dense_lr` (0: the same as `lr`) is the learning rate of all other tensors."""
+    of block matrices; `dense_lr` (0: the same as `lr`) is the learning rate of all other tensors. A share `pixels` of
+    what a latent channel counts goes by how much it shows in the picture (`visibility`)."""
 
     scenes: int = 100_000
     calibrate: int = 0
@@ -113,6 +124,7 @@ class QatSettings(StageSettings):
     sheet_every: int = 0
     muon: bool = False
     dense_lr: float = 0.0
+    pixels: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -120,6 +132,7 @@ class QatSettings(StageSettings):
         if not 0 <= self.freeze < 1 or self.accumulate < 1 or self.contrast < 0:
             raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1 and contrast >= 0; found {self.freeze}, "
                              f"{self.accumulate} and {self.contrast}")
+        _check_share("pixels", self.pixels)
 
 
 @dataclass(frozen=True)

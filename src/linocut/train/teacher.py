@@ -16,6 +16,7 @@ from linocut.train.optimize import Average, make_optimizers, set_rate
 from linocut.train.painter import Painter, grid_levels, training_sigmas
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
+from linocut.train.visibility import PICTURES, channel_weights
 from linocut.train.vocabulary import objects
 from linocut.train.warm import start_from
 from linocut.train.weights import State
@@ -44,6 +45,7 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
         bank = _bank(recipe, run, sprites, ranks, vae)
         painter.compile_blocks(device)
         torch.manual_seed(recipe.data.seed + 3 + ranks.rank + schedule.step * ranks.world)
+        channels = _channels(recipe, vae, bank, ranks)
     mean: Tensor | None = None
     for step in schedule:
         latents, names, ids, mask = bank.sample(settings.batch)
@@ -52,8 +54,9 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
         with autocast(device):
             v = painter.velocity(noisy, painter.read(ids, mask), sigma)
             naming = head.loss(names)
-        loss = (v - (noise - latents)).square().mean()
-        (loss + settings.naming * max(0.0, 1 - schedule.progress / UNTIL) * naming).backward()
+        squares = (v - (noise - latents)).square()
+        loss = squares.detach().mean()
+        ((squares * channels).mean() + settings.naming * max(0.0, 1 - schedule.progress / UNTIL) * naming).backward()
         ranks.average(p.grad for p in learners.parameters())
         nn.utils.clip_grad_norm_(learners.parameters(), 1.0)
         set_rate(optimizers, schedule.rate)
@@ -84,6 +87,14 @@ def _bank(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks, vae: Autoencod
     return bank
 
 
+def _channels(recipe: Recipe, vae: Autoencoder, bank: LatentBank, ranks: Ranks) -> Tensor:
+    """Weights [4C] of the latents' channels, the same in every process."""
+    latents = bank.latents[:PICTURES].float().transpose(1, 2).unflatten(2, recipe.tokens)
+    channels = channel_weights(vae.image_from_latents, latents, recipe.teacher.pixels)
+    ranks.average([channels])
+    return channels
+
+
 def held_out_noise(recipe: Recipe, count: int, device: torch.device) -> Tensor:
     """The noise that the pipeline draws for seeds 0, 1, ...: [count, I, 4C], so that pictures can be compared."""
     rows, columns = recipe.tokens
@@ -94,11 +105,17 @@ def held_out_noise(recipe: Recipe, count: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def draw_held_out(recipe: Recipe, painter: Painter, vae: Autoencoder, captions: Captions) -> Tensor:
     """Pictures [M, 3, H, W] of the captions in the steps of the grid, seed i for caption i."""
+    return vae.image_from_latents(held_out_latents(recipe, painter, captions))
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def held_out_latents(recipe: Recipe, painter: Painter, captions: Captions) -> Tensor:
+    """The same as latents [M, 4C, h, w]."""
     device, count = captions.ids.device, len(captions.ids)
     with autocast(device):
         text = painter.read(*captions.pick(torch.arange(count, device=device)))
     x = painter.walk(held_out_noise(recipe, count, device), text, grid_levels(recipe))
-    return vae.image_from_latents(x.transpose(1, 2).unflatten(2, recipe.tokens))
+    return x.transpose(1, 2).unflatten(2, recipe.tokens)
