@@ -69,7 +69,7 @@ def test_the_command_runs_every_arm_once(trained):
     assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == first
     assert {path: path.stat().st_mtime_ns for path in reports.values()} == times
     rows = first.splitlines()[1:]
-    best = min(found, key=lambda arm: found[arm]["picture"])
+    best = max(found, key=lambda arm: found[arm]["psnr_default"])
     assert rows[0].split()[0] == best
     assert table(trained / "out", ["muon"]).count("\n") == 1
 

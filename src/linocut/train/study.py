@@ -6,7 +6,7 @@
 An arm is the recipe with other settings: `[arms.NAME.qat]` replaces settings of stages `ternary` and `binary`,
 `[arms.NAME.path]` those of the path. Each arm and encoding is one process on one GPU, `--devices` of them at a time,
 and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run again, and what was cut goes on from
-its saved state. All arms are measured alike, by the recipe's own path. The table is sorted by the error of the picture.
+its saved state. All arms are measured alike, by the recipe's own path. The table is sorted by the likeness of pictures.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
 
     `errors`: mean squared error of the velocity by step of the grid, on the teacher's path. `picture`: squared error of
     the final latents on the student's own path over the variance of the teacher's. `psnr` in dB, of decoded pictures.
+    `psnr_default`: the same where both draw in the recipe's default number of steps, as the exported model will.
     """
     import torch
 
@@ -96,6 +97,7 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     from linocut.train.dataset import Captions, make_tokenizer, psnr
     from linocut.train.export import quantized
     from linocut.train.loop import autocast
+    from linocut.pipeline.sampler import sigmas
     from linocut.train.painter import Painter, grid_levels
     from linocut.train.prompts import sample_prompts
     from linocut.train.teacher import held_out_noise
@@ -109,7 +111,13 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     texts = [prompt["prompt"] for prompt in sample_prompts("dev", count)]
     captions = Captions.build(make_tokenizer(recipe, folder / "tokenizer"), texts, device)
     levels, noise = grid_levels(recipe), held_out_noise(recipe, count, device)
-    errors, wrong, energy, likeness = [0.0] * recipe.path.grid, 0.0, 0.0, 0.0
+    errors, wrong, energy, likeness = [0.0] * recipe.path.grid, 0.0, 0.0, [0.0, 0.0]
+    finer = sigmas(recipe.tokens[0] * recipe.tokens[1], recipe.default_steps or recipe.path.grid).tolist()
+
+    def psnr_of(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        drawn, wanted = (vae.image_from_latents(z.transpose(1, 2).unflatten(2, recipe.tokens)) for z in (ours, theirs))
+        return psnr(drawn, wanted.clamp(-1, 1)) * len(ours) / count
+
     with torch.no_grad():
         for rows in torch.arange(count, device=device).split(64):
             with autocast(device):
@@ -124,9 +132,9 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
                 x = onward
             drawn = student.walk(noise[rows], own, levels)
             wrong, energy = wrong + float((drawn - x).square().sum()), energy + float((x - x.mean()).square().sum())
-            ours, theirs = (vae.image_from_latents(z.transpose(1, 2).unflatten(2, recipe.tokens)) for z in (drawn, x))
-            likeness += psnr(ours, theirs.clamp(-1, 1)) * len(rows) / count
-    return {"errors": errors, "picture": wrong / energy, "psnr": likeness}
+            likeness[0] += psnr_of(drawn, x)
+            likeness[1] += psnr_of(student.walk(noise[rows], own, finer), teacher.walk(noise[rows], text, finer))
+    return {"errors": errors, "picture": wrong / energy, "psnr": likeness[0], "psnr_default": likeness[1]}
 
 
 def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> None:
@@ -153,9 +161,9 @@ def table(out: Path, names: list[str]) -> str:
     """All reports, best first."""
     found = [(arm, encoding, json.loads((out / arm / REPORT.format(encoding)).read_text()))
              for arm in names for encoding in ENCODINGS if (out / arm / REPORT.format(encoding)).is_file()]
-    found.sort(key=lambda row: (ENCODINGS.index(row[1]), row[2]["picture"]))
-    lines = [f"{'arm':16} {'encoding':8} {'picture':>8} {'PSNR':>6}  error by step"]
-    lines += [f"{arm:16} {encoding:8} {report['picture']:8.4f} {report['psnr']:6.2f}  "
+    found.sort(key=lambda row: (ENCODINGS.index(row[1]), -row[2]["psnr_default"]))
+    lines = [f"{'arm':16} {'encoding':8} {'PSNR':>6} {'(grid)':>6} {'picture':>8}  error by step"]
+    lines += [f"{arm:16} {encoding:8} {report['psnr_default']:6.2f} {report['psnr']:6.2f} {report['picture']:8.4f}  "
               + " ".join(f"{error:.4f}" for error in report["errors"]) for arm, encoding, report in found]
     return "\n".join(lines)
 
