@@ -45,6 +45,7 @@ def test_arms_vary_what_they_say_and_nothing_else(trained):
     ('recipe = "recipe.toml"\nseconds = 1\n', "not a readable study"),
     (ARMS + "[arms.x]\nlr = 1\n", "unknown tables.*known are qat and path"),
     (ARMS + "[arms.x.qat]\nrate = 1\n", "unknown keys.*rate"),
+    (ARMS + "[arms.x.path]\ngrid = 3\n", r"one number per step of the grid \(3\)"),
 ])
 def test_a_study_that_makes_no_sense_is_refused(trained, tmp_path, text, found):
     write_recipe(tmp_path)

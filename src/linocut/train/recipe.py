@@ -183,7 +183,7 @@ class Recipe:
             ternary=section(QatSettings, table, "ternary", path), binary=section(QatSettings, table, "binary", path))
         if recipe.teacher.start:
             recipe = replace(recipe, teacher=replace(recipe.teacher, start=str(path.parent / recipe.teacher.start)))
-        recipe._check(path)
+        recipe.check(path)
         return recipe
 
     def rehearsal(self) -> Recipe:
@@ -195,7 +195,8 @@ class Recipe:
                        teacher=short(self.teacher), ternary=short(self.ternary, scenes=1024, calibrate=4),
                        binary=short(self.binary, scenes=1024, calibrate=4))
 
-    def _check(self, path: Path) -> None:
+    def check(self, path: Path) -> None:
+        """Raises UsageError if parts do not fit one another; `path` is where they were read."""
         features = len(self.text_taps) * self.text_encoder.hidden_size
         if features != self.transformer.joint_attention_dim:
             raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "

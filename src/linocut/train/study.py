@@ -61,9 +61,10 @@ def _arm(base: Recipe, changes: dict[str, Any], seconds: float, path: Path) -> R
     section(QatSettings, {"qat": qat}, "qat", path)
     section(PathSettings, {"path": route}, "path", path)
     route = {key: tuple(value) if isinstance(value, list) else value for key, value in route.items()}
-    return replace(base, path=replace(base.path, **route),
-                   ternary=replace(base.ternary, max_seconds=seconds, **qat),
-                   binary=replace(base.binary, max_seconds=seconds, **qat))
+    arm = replace(base, path=replace(base.path, **route), ternary=replace(base.ternary, max_seconds=seconds, **qat),
+                  binary=replace(base.binary, max_seconds=seconds, **qat))
+    arm.check(path)
+    return arm
 
 
 def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path, device: str | None) -> None:
@@ -93,11 +94,11 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     """
     import torch
 
+    from linocut.pipeline.sampler import sigmas
     from linocut.train.autoencoder import load_vae
     from linocut.train.dataset import Captions, make_tokenizer, psnr
     from linocut.train.export import quantized
     from linocut.train.loop import autocast
-    from linocut.pipeline.sampler import sigmas
     from linocut.train.painter import Painter, grid_levels
     from linocut.train.prompts import sample_prompts
     from linocut.train.teacher import held_out_noise
