@@ -79,7 +79,8 @@ class Conductor:
 
     def conduct(self) -> None:
         plan = self.plan
-        if not (self.root / "rehearsal").exists():
+        # With a teacher at hand the students are next, and show their mistakes as soon as a rehearsal would.
+        if not (self.root / "rehearsal").exists() and not self.finished("teacher"):
             threading.Thread(target=self.rehearse, daemon=True).start()
         done = self.folder / "vae.done"
         if not done.exists() and self.attempt("vae", plan.vae, self.together("vae", plan.vae)):

@@ -37,6 +37,20 @@ def conductor(root: Path) -> "lease.Conductor":
     return lease.Conductor(root)
 
 
+@pytest.mark.parametrize("teacher", [False, True])
+def test_with_a_teacher_at_hand_the_students_come_first(tmp_path, monkeypatch, teacher):
+    made, ran = conductor(tmp_path), []
+    monkeypatch.setattr(made, "attempt", lambda name, *_, **__: ran.append(name))
+    monkeypatch.setattr(made, "rehearse", lambda: ran.append("rehearsal"))
+    monkeypatch.setattr(lease.threading, "Thread", lambda target, **_: type("Now", (), {"start": lambda _: target()})())
+    made.folder.joinpath("vae.done").touch()
+    if teacher:
+        made.folder.joinpath("teacher").mkdir()
+        made.folder.joinpath("teacher", "model.safetensors").touch()
+    made.conduct()
+    assert ran == (["students", "export"] if teacher else ["rehearsal", "teacher"])
+
+
 def test_results_come_home_in_parts_and_are_joined(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lease, "PART_BYTES", 30_000)
     monkeypatch.setattr(lease, "HOME_BYTES", 130_000)
