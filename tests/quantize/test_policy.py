@@ -62,6 +62,18 @@ def test_flux2_embedded_also_packs_the_time_layers():
     assert plan["norm_out.linear"][0] == "affine4"
 
 
+def test_flux2_compact_packs_modulations_as_blocks_and_edges_in_int8():
+    shapes = klein_shapes(2, 6)
+    plan = Policy.preset("flux2-compact", "binary").plan(shapes)
+    assert count(plan, shapes) == {"binary": 40, "affine4": 1, "int8": 3, DENSE: 1}
+    assert plan["norm_out.linear"][0] == plan["single_stream_modulation.linear"][0] == "binary"
+    assert plan["context_embedder"][0] == "int8"
+    assert plan["time_guidance_embed.timestep_embedder.linear_1"][0] == DENSE
+    with pytest.raises(PolicyError, match="found 35 and 9"):
+        Policy.preset("flux2-compact", "binary").plan({name: shape for name, shape in shapes.items()
+                                                       if name != "transformer_blocks.1.attn.to_v"})
+
+
 def test_flux2_notices_missing_and_unknown_layers():
     policy = Policy.preset("flux2", "binary")
     shapes = klein_shapes()

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_recipe import write_recipe
 
+from linocut.models.convert import plan_layers
+from linocut.models.flux2 import Flux2Transformer, image_position_ids, text_position_ids
 from linocut.quantize.gptq import gptq
 from linocut.quantize.rounding import fake_quantize
-from linocut.train.calibrate import latent_weights
+from linocut.train.calibrate import Batch, calibrate, latent_weights
 from linocut.train.dataset import Captions
 from linocut.train.distill import CaptionReader
 from linocut.train.journeys import Journeys
@@ -143,3 +145,45 @@ def test_groups_that_cannot_keep_their_distances_are_stored_as_they_are():
     scales = torch.full((2, 1), 0.5)
     latent = latent_weights(weight, values, scales, "ternary")
     assert torch.equal(fake_quantize(latent, "ternary")[0], values[0] * 0.5)
+
+
+@pytest.mark.parametrize("encoding", ["ternary", "binary"])
+def test_modulations_are_rounded_on_the_one_curve_that_they_see(recipe, encoding):
+    """They see noise levels alone, a few directions of all that there are, and what is lost counts there alone."""
+    torch.manual_seed(0)
+    config = recipe.transformer
+    network = Flux2Transformer(config)
+    network.init_weights()
+    named = dict(network.named_modules())
+    layers = {name: named[name] for name, (chosen, _) in plan_layers(network, recipe.packing(encoding)).items()
+              if chosen == encoding and "blocks." not in name}
+    assert len(layers) == 4
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    between = torch.linspace(0.0137, 0.9871, 31)
+
+    def curves() -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hooks = [layer.register_forward_hook(lambda _, __, out: seen.append(out)) for layer in layers.values()]
+        network.modulations(between)
+        for hook in hooks:
+            hook.remove()
+        return torch.cat([out.flatten(1) for out in sorted(seen, key=lambda out: out.shape[1])], dim=1)
+
+    batch = Batch(torch.randn(2, 4, config.in_channels), torch.randn(2, 3, config.joint_attention_dim),
+                  torch.tensor([1.0, 0.5]))
+    heard: dict[str, float] = {}
+    with torch.no_grad():
+        wanted, before = curves(), {name: layer.weight.clone() for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.weight.copy_(fake_quantize(before[name], encoding))
+        nearest = (curves() - wanted).square().sum()
+        for name, layer in layers.items():
+            layer.weight.copy_(before[name])
+        calibrate(network, [batch], image_position_ids(2, 2), text_position_ids(3), recipe.packing(encoding),
+                  heard.__setitem__)
+        for layer in layers.values():
+            layer.weight.copy_(fake_quantize(layer.weight, encoding))
+        found = (curves() - wanted).square().sum()
+    assert set(layers) < set(heard)
+    assert float(found) < 0.3 * float(nearest)

@@ -22,9 +22,16 @@ def packed_weights(model, policy: Policy) -> int:
                if encoding == "ternary")
 
 
+def test_the_policy_is_the_recipes(tmp_path):
+    (tmp_path / "recipe.toml").write_text(TINY.replace('name = "tiny"', 'name = "tiny"\npolicy = "flux2-compact"'))
+    assert Recipe.from_file(tmp_path / "recipe.toml").packing("binary") == Policy.preset("flux2-compact", "binary")
+    (tmp_path / "recipe.toml").write_text(TINY)
+    assert Recipe.from_file(tmp_path / "recipe.toml").packing("binary").name == "flux2-embedded"
+
+
 def test_embedded_recipe_keeps_to_the_size_it_promises():
     recipe = Recipe.from_file(ROOT / "recipes" / "embedded" / "recipe.toml")
-    assert packed_weights(Flux2Transformer(recipe.transformer), Policy.preset("flux2-embedded", "ternary")) < 45e6
+    assert packed_weights(Flux2Transformer(recipe.transformer), recipe.packing("ternary")) < 45e6
     assert recipe.tokens == (16, 16)
     assert recipe.text_encoder.num_hidden_layers >= 6
     assert len(recipe.text_taps) * recipe.text_encoder.hidden_size == recipe.transformer.joint_attention_dim
@@ -37,6 +44,7 @@ def test_embedded_recipe_keeps_to_the_size_it_promises():
     ("in_channels = 16", "in_channels = 64", "in_channels must be 4 x latent_channels = 16, found 64"),
     ("substeps = [1, 2]", "substeps = [1]", r"one number per step of the grid \(2\)"),
     ("grid = 2", "grid = ", "not a readable recipe"),
+    ('name = "tiny"', 'name = "tiny"\npolicy = "small"', "unknown policy 'small'; choose from flux2, "),
     ('name = "tiny"', "", "name"),
 ])
 def test_mistakes(tmp_path, old, new, message):

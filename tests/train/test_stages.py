@@ -124,7 +124,7 @@ def test_what_ships_computes_what_was_trained(trained, encoding):
             for i, modulations in enumerate(pipe.components.modulations(schedule))])
     torch.testing.assert_close(packed, student.velocity(latents, text, sigma), rtol=1e-4, atol=1e-4)
     with folder.checkpoint("transformer") as checkpoint:
-        assert {entry.encoding for entry in checkpoint.packed.values()} == {encoding, "affine4"}
+        assert {entry.encoding for entry in checkpoint.packed.values()} == {encoding, "affine4", "int8"}
         checkpoint.verify()
 
 

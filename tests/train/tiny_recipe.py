@@ -9,7 +9,8 @@ from linocut.train.vocabulary import objects
 
 ROOT = Path(__file__).parent.parent.parent
 PIXELS = 24
-SMALLER = {"size = 64": "size = 32", "scenes = 96": "scenes = 48", "steps = 6\nbatch = 8": "steps = 20\nbatch = 8",
+SMALLER = {'name = "tiny"': 'name = "tiny"\npolicy = "flux2-compact"',
+           "size = 64": "size = 32", "scenes = 96": "scenes = 48", "steps = 6\nbatch = 8": "steps = 20\nbatch = 8",
            "[teacher]": "[teacher]\npixels = 0.5\nlr = 3e-3\nwarmup = 1\nema = 0.5",
            "[vae]": "[vae]\nlr = 2e-3\nwarmup = 1",
            "[ternary]": "[ternary]\ncalibrate = 8\npixels = 0.9"}

@@ -274,7 +274,7 @@ def _policy(component: str, weights: Weights) -> Policy:
     shapes = {name.removesuffix(".weight"): weight.shape for name, weight in weights.items()
               if weight.packed or name.endswith(".weight")}
     kinds = {name: weight.kind for name, weight in weights.items() if weight.packed}
-    names = ("qwen3",) if component == "text_encoder" else ("flux2", "flux2-embedded")
+    names = ("qwen3",) if component == "text_encoder" else ("flux2", "flux2-embedded", "flux2-compact")
     for preset in names:
         for encoding in sorted(set(kinds.values())):
             policy = Policy.preset(preset, encoding)

@@ -28,7 +28,8 @@ from linocut.formats.packed import ENCODINGS, GROUP_SIZE
 
 DENSE = "dense"
 CHOICES = (*ENCODINGS, DENSE)
-PRESETS = ("flux2", "flux2-embedded", "qwen3")
+_FLUX2_PRESETS = ("flux2", "flux2-embedded", "flux2-compact")
+PRESETS = (*_FLUX2_PRESETS, "qwen3")
 
 _FLUX2_PACKED = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
@@ -36,10 +37,8 @@ _FLUX2_PACKED = (
     r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
 )
 # Computed once per step from the timestep alone: small models spend most of their dense bytes here.
-_FLUX2_TIME = (
-    r"(double_stream_modulation_(img|txt)|single_stream_modulation|norm_out)\.linear",
-    r"time_guidance_embed\.timestep_embedder\.linear_2",
-)
+_FLUX2_MODULATIONS = r"(double_stream_modulation_(img|txt)|single_stream_modulation|norm_out)\.linear"
+_FLUX2_TIME = r"time_guidance_embed\.timestep_embedder\.linear_2"
 _FLUX2_EDGES = r"context_embedder|x_embedder|proj_out"
 _QWEN3_PACKED = (
     r"(model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
@@ -82,7 +81,12 @@ class Policy:
 
     @classmethod
     def preset(cls, name: str, encoding: str) -> Policy:
-        """A named preset: "flux2" (klein's 100 linears), "flux2-embedded" (also affine4 time layers), "qwen3"."""
+        """A named preset.
+
+        "flux2": klein's 100 linears. "flux2-embedded": also the time layers, in affine4. "flux2-compact": the
+        modulations as the blocks, since all that they ever see is one curve of noise levels; and the layers before and
+        after the blocks in int8. "qwen3": linears and embedding of a text encoder.
+        """
         if encoding not in ENCODINGS:
             raise PolicyError(f"unknown encoding {encoding!r}; choose from {', '.join(ENCODINGS)}")
         if name not in PRESETS:
@@ -90,7 +94,9 @@ class Policy:
         patterns = _QWEN3_PACKED if name == "qwen3" else _FLUX2_PACKED
         rules = [Rule(pattern, encoding) for pattern in patterns]
         if name == "flux2-embedded":
-            rules += [Rule(pattern, "affine4") for pattern in _FLUX2_TIME]
+            rules += [Rule(pattern, "affine4") for pattern in (_FLUX2_MODULATIONS, _FLUX2_TIME)]
+        elif name == "flux2-compact":
+            rules += [Rule(_FLUX2_MODULATIONS, encoding), Rule(_FLUX2_TIME, "affine4"), Rule(_FLUX2_EDGES, "int8")]
         return cls(tuple(rules), name)
 
     def with_edges(self, encoding: str) -> Policy:
@@ -117,7 +123,7 @@ class Policy:
         (klein: 100 and 9) so that a renamed or missing layer is noticed. Any policy must match something.
         """
         decisions = {name: self.decide(name, shape) for name, shape in shapes.items()}
-        if self.name in ("flux2", "flux2-embedded"):
+        if self.name in _FLUX2_PRESETS:
             self._check_flux2({name for name, shape in shapes.items() if len(shape) == 2})
         elif not any(rule.matches(name) for name in shapes for rule in self.rules):
             sample = ", ".join(list(shapes)[:3])

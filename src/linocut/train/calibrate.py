@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from linocut.formats.packed import GROUP_SIZE
 from linocut.models.flux2 import Flux2Transformer, rope_tables
 from linocut.quantize.gptq import gptq, output_error
-from linocut.quantize.policy import DENSE, Policy
+from linocut.quantize.policy import Policy
 from linocut.quantize.rounding import TERNARY_THRESHOLD, fake_quantize
 from linocut.train.loop import autocast
 
@@ -29,6 +29,9 @@ _DOUBLE = (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_
            ("attn.to_out.0", "attn.to_add_out"), ("ff.linear_in", "ff_context.linear_in"),
            ("ff.linear_out", "ff_context.linear_out"))
 _SINGLE = (("attn.to_qkv_mlp_proj",), ("attn.to_out",))
+_TIME = (("double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
+          "single_stream_modulation.linear", "norm_out.linear"),)
+_LEVELS = 256  # of noise, at which the modulations are rounded: they see nothing else
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Batch:
 @torch.no_grad()
 def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids: Tensor, text_ids: Tensor,
               policy: Policy, on_layer: Callable[[str, float], None] | None = None) -> None:
-    """Replace, in place, the block weights that `policy` makes binary or ternary by `latent_weights` of GPTQ's result.
+    """Replace, in place, the weights that `policy` makes binary or ternary by `latent_weights` of GPTQ's result.
 
     `on_layer(name, error)` hears the relative squared output error of each layer.
     """
@@ -51,6 +54,8 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
     rope = rope_tables(torch.cat([text_ids, image_ids]), config.axes_dims_rope, config.rope_theta)
     image, text, single, runs = [], [], [], []
     latent: dict[nn.Linear, Tensor] = {}
+    levels = torch.linspace(0, 1, _LEVELS + 1, device=device)[1:]
+    _round_block(transformer, "", _TIME, lambda _: transformer.modulations(levels), 1, policy, latent, on_layer)
     for batch in batches:
         with autocast(device):
             mod = transformer.modulations(batch.sigma)
@@ -62,7 +67,7 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
         def run_double(i: int, block: nn.Module = block) -> tuple[Tensor, Tensor]:
             return block(image[i], text[i], *runs[i], rope)
 
-        _round_block(block, f"transformer_blocks.{index}", _DOUBLE, run_double, len(batches), policy, latent,
+        _round_block(block, f"transformer_blocks.{index}.", _DOUBLE, run_double, len(batches), policy, latent,
                      on_layer)
         for i in range(len(batches)):
             with autocast(device):
@@ -72,7 +77,7 @@ def calibrate(transformer: Flux2Transformer, batches: Sequence[Batch], image_ids
         def run_single(i: int, block: nn.Module = block) -> Tensor:
             return block(x[i], single[i], rope)
 
-        _round_block(block, f"single_transformer_blocks.{index}", _SINGLE, run_single, len(batches), policy, latent,
+        _round_block(block, f"single_transformer_blocks.{index}.", _SINGLE, run_single, len(batches), policy, latent,
                      on_layer)
         for i in range(len(batches)):
             with autocast(device):
@@ -85,20 +90,21 @@ class _Stop(Exception):
     """Ends a block's forward pass once the inputs of a set of layers are seen."""
 
 
-def _round_block(block: nn.Module, path: str, sets: Sequence[Sequence[str]], run: Callable[[int], object], count: int,
+def _round_block(block: nn.Module, prefix: str, sets: Sequence[Sequence[str]], run: Callable[[int], object], count: int,
                  policy: Policy, latent: dict[nn.Linear, Tensor],
                  on_layer: Callable[[str, float], None] | None) -> None:
     for names in sets:
         layers = {name: module for name in names if isinstance(module := block.get_submodule(name), nn.Linear)}
-        chosen = {name: policy.decide(f"{path}.{name}", tuple(layer.weight.shape))[0] for name, layer in layers.items()}
+        chosen = {name: policy.decide(prefix + name, tuple(layer.weight.shape))[0] for name, layer in layers.items()}
+        layers = {name: layer for name, layer in layers.items() if chosen[name] in ("binary", "ternary")}
+        if not layers:
+            continue
         hessians = _watch(layers, run, count)
         for name, layer in layers.items():
-            if chosen[name] == DENSE:
-                continue
             values, scales = gptq(layer.weight, hessians[name], chosen[name])
             rounded = values.float() * scales.repeat_interleave(GROUP_SIZE, dim=1)
             if on_layer is not None:
-                on_layer(f"{path}.{name}", output_error(layer.weight, rounded, hessians[name]))
+                on_layer(prefix + name, output_error(layer.weight, rounded, hessians[name]))
             latent[layer] = latent_weights(layer.weight, values.float(), scales, chosen[name])
             layer.weight.copy_(rounded)  # what the layers after it will see
 

@@ -40,7 +40,7 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     teacher, student = Painter.load(recipe, run / "teacher", device), Painter.load(recipe, run / "teacher", device)
     # The student reads the text encoder that it will be shipped with, so that it learns to make up for its rounding.
     quantize_(student.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
-    quantize_(student.transformer, Policy.preset("flux2-embedded", encoding), fake=True, eps=settings.residual)
+    quantize_(student.transformer, recipe.packing(encoding), fake=True, eps=settings.residual)
     student.transformer.requires_grad_(True)
     average = Average(student.transformer, settings.ema)
     optimizers = make_optimizers(student.transformer, settings.lr, 0.0, settings.muon, settings.dense_lr or None)
@@ -128,7 +128,7 @@ def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Cap
     errors: list[float] = []
     plain = Painter(recipe).to(device).transformer.requires_grad_(False)
     plain.load_state_dict(teacher.transformer.state_dict())
-    calibrate(plain, batches, student.image_ids, student.text_ids, Policy.preset("flux2-embedded", encoding),
+    calibrate(plain, batches, student.image_ids, student.text_ids, recipe.packing(encoding),
               lambda _, error: errors.append(error))
     student.transformer.load_state_dict(plain.state_dict())
     print(f"  {len(errors)} layers calibrated, mean relative output error {sum(errors) / len(errors):.4f}", flush=True)

@@ -39,7 +39,7 @@ def export(recipe: Recipe, run: Path, target: Path) -> None:
     found = [encoding for encoding in FOLDERS if (run / encoding / "model.safetensors").is_file()]
     _write_surroundings(recipe, run, target)
     for encoding in found:
-        painter, policy = quantized(recipe, encoding), Policy.preset("flux2-embedded", encoding)
+        painter, policy = quantized(recipe, encoding), recipe.packing(encoding)
         load_weights(painter, run / encoding)
         folder = target / FOLDERS[encoding]
         _write_packed(folder, "diffusion_pytorch_model.safetensors", painter.transformer,
@@ -78,7 +78,7 @@ def quantized(recipe: Recipe, encoding: str) -> Painter:
     """A painter with fake-quantized layers, ready for the latent weights of a student."""
     painter = Painter(recipe)
     quantize_(painter.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
-    quantize_(painter.transformer, Policy.preset("flux2-embedded", encoding), fake=True)
+    quantize_(painter.transformer, recipe.packing(encoding), fake=True)
     return painter
 
 

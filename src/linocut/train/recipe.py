@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from linocut.errors import UsageError
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
+from linocut.quantize.policy import PRESETS, Policy
 
 T = TypeVar("T")
 LOSSES = ("velocity", "normalized")
@@ -137,7 +138,8 @@ class QatSettings(StageSettings):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run needs. `text_taps` are hidden-state indices as in transformers (0 is the embedding)."""
+    """Everything a run needs. `text_taps` are hidden-state indices as in transformers (0 is the embedding). `policy` is
+    the preset that says which of the students' layers are packed, and how."""
 
     name: str
     transformer: Flux2Config
@@ -151,6 +153,7 @@ class Recipe:
     ternary: QatSettings = field(default_factory=QatSettings)
     binary: QatSettings = field(default_factory=QatSettings)
     held_out: tuple[str, ...] = ()
+    policy: str = "flux2-embedded"
     default_steps: int | None = None  # what the exported model draws in unless told otherwise; None: path.grid
 
     @classmethod
@@ -173,7 +176,7 @@ class Recipe:
                          if line.strip() and not line.startswith("#"))
         recipe = cls(
             name=table["name"], text_taps=tuple(table["text_taps"]), held_out=held_out,
-            default_steps=table.get("default_steps"),
+            default_steps=table.get("default_steps"), policy=table.get("policy", cls.policy),
             transformer=Flux2Config.from_dict(table["transformer"]),
             text_encoder=Qwen3Config.from_dict(table["text_encoder"]),
             autoencoder=AutoencoderConfig.from_dict(table["autoencoder"]),
@@ -197,6 +200,8 @@ class Recipe:
 
     def check(self, path: Path) -> None:
         """Raises UsageError if parts do not fit one another; `path` is where they were read."""
+        if self.policy not in PRESETS:
+            raise UsageError(f"{path}: unknown policy {self.policy!r}; choose from {', '.join(PRESETS)}")
         features = len(self.text_taps) * self.text_encoder.hidden_size
         if features != self.transformer.joint_attention_dim:
             raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "
@@ -214,6 +219,10 @@ class Recipe:
             if getattr(self, name).contrast and getattr(self, name).batch // self.path.grid % 2:
                 raise UsageError(f"{path}: with {name}.contrast rows go in pairs; {name}.batch must be a multiple of "
                                  f"{2 * self.path.grid}, found {getattr(self, name).batch}")
+
+    def packing(self, encoding: str) -> Policy:
+        """Which layers of a student of that encoding are packed."""
+        return Policy.preset(self.policy, encoding)
 
     @property
     def tokens(self) -> tuple[int, int]:
