@@ -28,8 +28,8 @@ from linocut.formats.packed import ENCODINGS, GROUP_SIZE
 
 DENSE = "dense"
 CHOICES = (*ENCODINGS, DENSE)
-_FLUX2_PRESETS = ("flux2", "flux2-embedded", "flux2-compact")
-PRESETS = (*_FLUX2_PRESETS, "qwen3")
+FLUX2_PRESETS = ("flux2", "flux2-embedded", "flux2-compact")
+PRESETS = (*FLUX2_PRESETS, "qwen3")
 
 _FLUX2_PACKED = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
@@ -123,7 +123,7 @@ class Policy:
         (klein: 100 and 9) so that a renamed or missing layer is noticed. Any policy must match something.
         """
         decisions = {name: self.decide(name, shape) for name, shape in shapes.items()}
-        if self.name in _FLUX2_PRESETS:
+        if self.name in FLUX2_PRESETS:
             self._check_flux2({name for name, shape in shapes.items() if len(shape) == 2})
         elif not any(rule.matches(name) for name in shapes for rule in self.rules):
             sample = ", ".join(list(shapes)[:3])

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from linocut.errors import UsageError
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
-from linocut.quantize.policy import PRESETS, Policy
+from linocut.quantize.policy import FLUX2_PRESETS, Policy
 
 T = TypeVar("T")
 LOSSES = ("velocity", "normalized")
@@ -200,8 +200,8 @@ class Recipe:
 
     def check(self, path: Path) -> None:
         """Raises UsageError if parts do not fit one another; `path` is where they were read."""
-        if self.policy not in PRESETS:
-            raise UsageError(f"{path}: unknown policy {self.policy!r}; choose from {', '.join(PRESETS)}")
+        if self.policy not in FLUX2_PRESETS:
+            raise UsageError(f"{path}: unknown policy {self.policy!r}; choose from {', '.join(FLUX2_PRESETS)}")
         features = len(self.text_taps) * self.text_encoder.hidden_size
         if features != self.transformer.joint_attention_dim:
             raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "
