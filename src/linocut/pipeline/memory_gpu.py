@@ -13,12 +13,12 @@ from __future__ import annotations
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import fusible
 from linocut.kernels.gpu import runtime
+from linocut.kernels.gpu.candidates import SCRATCH_BYTES
 from linocut.pipeline import footprint
 from linocut.pipeline.memory import (
     CONVOLUTION_BYTES,
     DTYPE_BYTES,
     MB,
-    SCRATCH_BYTES,
     Phase,
     Plan,
     Planner,
