@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 from on_gpu import cold, gemlite, parity, pictures, products, steps, targets
-from on_gpu.bench import Bench, release
+from on_gpu.bench import Bench, alive, release
 from on_gpu.plot import plot
 
 SECTIONS = {"device": products.device, "parity": parity.parity, "tune": products.tune, "step": steps.step,
@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="next to no size, for a rehearsal on a CPU")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "PNG"))
     parser.add_argument("--table", nargs="+", type=Path, metavar="JSON")
+    parser.add_argument("--resume", action="store_true", help="keep the other sections that the output file has")
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu.json"))
     given = parser.parse_args()
     if given.plot:
@@ -79,8 +80,11 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
     bench = Bench(given.output, given.toy, given.encodings.split(","), given.tune_seconds, given.work)
-    begun = time.perf_counter()
-    for name in given.sections.split(","):
+    if given.resume and given.output.exists():
+        bench.results = json.loads(given.output.read_text())
+        bench.ok = not any(isinstance(value, dict) and "failed" in value for value in bench.results.values())
+    begun, names = time.perf_counter(), given.sections.split(",")
+    for number, name in enumerate(names):
         start = time.perf_counter()
         print(f"{name} ...", flush=True)
         try:
@@ -90,6 +94,11 @@ def main() -> int:
             traceback.print_exc()
             bench.ok = False
             bench.results[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            bench.save()
+            if not alive() and number + 1 < len(names):  # the others need a process with a GPU
+                print(f"{name} broke the GPU for this process", flush=True)
+                os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", "--sections",
+                                          ",".join(names[number + 1 :])])
         bench.results.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
         bench.save()
         print(f"{name}: {bench.results['seconds'][name]} s", flush=True)

@@ -85,9 +85,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def alive() -> bool:
+    """Whether this process can still compute on the GPU: after some errors none can."""
+    try:
+        return bool(torch.ones(4, device=DEVICE).sum() == 4)
+    except RuntimeError:
+        return False
+
+
 def release() -> None:
     gc.collect()
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and alive():
         torch.cuda.empty_cache()
 
 

@@ -201,6 +201,28 @@ def test_a_route_that_fails_is_left_out_for_good_and_time_is_kept(device):
     assert calls == []  # not worth it with so many tokens
 
 
+def test_a_route_that_breaks_the_gpu_is_not_tried_by_the_next_process(device, monkeypatch):
+    def seconds(route, shape):
+        if route.name == "rows":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 1.0
+
+    def synchronize(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "place", lambda device: tuning.Path(tuning.os.environ["LINOCUT_CACHE"]) / "a.json")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(routes, "why_not", lambda name, shape, device: None)
+    other = Shape(40, 384, 48, "ternary")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning.measure([FEW, other], "cuda", seconds, names=("unpacked", "rows"))
+    calls = []
+    table = tuning.measure([FEW, other], "cuda", lambda route, shape: calls.append(route.name) or 1.0,
+                           names=("unpacked", "rows"))
+    assert set(calls) == {"unpacked"}
+    assert table.choose(other, "cuda", ("rows", "unpacked")).route.name == "unpacked"
+
+
 def test_a_folder_that_cannot_be_written_to_stops_nothing(device, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LINOCUT_CACHE", str(tmp_path / "file"))

@@ -126,7 +126,17 @@ def measure(shapes: Iterable[Shape], device: str, seconds_of: Callable[[Route, S
                 if depth >= len(tiles) or time.monotonic() > stop:
                     continue
                 route = Route(name, tiles[depth])
-                seconds = _seconds(seconds_of, route, shape, device, table)
+                try:
+                    seconds = _seconds(seconds_of, route, shape, device)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    continue  # memory may be free another time
+                except RuntimeError:  # the GPU has given up: no process shall try this route again
+                    for other in ways:
+                        table.add(other, Route(name), None)
+                    table.save()
+                    raise
+                table.add(shape, route, seconds)
                 if on_result is not None:
                     on_result(shape, route, float("nan") if seconds is None else seconds)
     if save and deepest:
@@ -134,20 +144,16 @@ def measure(shapes: Iterable[Shape], device: str, seconds_of: Callable[[Route, S
     return table
 
 
-def _seconds(seconds_of: Callable[[Route, Shape], float], route: Route, shape: Shape, device: str,
-             table: Table) -> float | None:
-    """What seconds_of says, noted in `table`; None if it failed. Only for want of memory it is not noted."""
-    seconds = None
+def _seconds(seconds_of: Callable[[Route, Shape], float], route: Route, shape: Shape, device: str) -> float | None:
+    """What seconds_of says; None if the route takes too much shared memory or does not compile."""
     try:
-        seconds = seconds_of(route, shape)
+        return seconds_of(route, shape)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
-    except (RuntimeError, ValueError, TritonError):  # it takes too much shared memory, or does not compile
+        raise
+    except (RuntimeError, ValueError, TritonError):
         if device.startswith("cuda"):
-            torch.cuda.synchronize(device)  # raises if the GPU has given up: that is no fact about the route
-    table.add(shape, route, seconds)
-    return seconds
+            torch.cuda.synchronize(device)  # raises if nothing can run on the GPU any more
+        return None
 
 
 def place(device: str) -> Path:
