@@ -13,7 +13,7 @@ with pytest.MonkeyPatch.context() as patch:  # what kernels become is decided wh
     for name, value in INTERPRET.items():
         patch.setenv(name, value)
     from linocut.kernels.gpu import activations, candidates, decode, gemm, routes, rows  # noqa: F401
-    from linocut.models import flux2_gpu  # noqa: F401
+    from linocut.models import flux2_gpu, text_encoder_gpu  # noqa: F401
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 CODE = '''
+import subprocess
 import sys
+import tempfile
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from linocut.kernels.gpu import accuracy, decode, gemm, routes, rows, runtime
@@ -31,13 +34,23 @@ def build(kernel, given, warps=4, stages=3, **options):
         value = given[name]
         if isinstance(value, str):
             signature[name] = value
-            if value[0] == "*" or name in ("m", "o", "n", "stride_y"):
+            if value[0] == "*" or name in ("o", "n", "stride_y"):
                 attributes[place,] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[name] = "constexpr", value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32),
                           options={"num_warps": warps, "num_stages": stages, **options})
+
+
+def spilled(found):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        said = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+    assert "STACK:" in said, said
+    return "STACK:0 " not in said
 
 
 KINDS = {0: "*i8", 1: "*i8", 2: "*fp8e4nv", 3: "*bf16"}
@@ -72,24 +85,26 @@ for name in accuracy.KIND if capability >= 80 else ():
         if tile is None:
             continue
         limit = {} if tile.registers is None else {"maxnreg": tile.registers}
-        cut = {"BLOCK_M": tile.block_m, "BLOCK_O": tile.block_o, "TOGETHER": tile.together, "N": 3072, "m": "i32",
-               "o": "i32", "stride_y": "i32", "stride_scales": "i32", "x_scales": "*fp32", "y": "*bf16"}
+        cut = {"BLOCK_M": tile.block_m, "BLOCK_O": tile.block_o, "TOGETHER": tile.together, "GROUPS": 0, "m": "i32",
+               "o": "i32", "n": "i32", "stride_y": "i32", "stride_scales": "i32", "x_scales": "*fp32", "y": "*bf16"}
         value = "fp8e4nv" if name == "fp8" else "i8"
         if name == "packed":
             for ternary in (True, False):
                 found = build(gemm._packed_product, {**cut, "x": "*i8", "codes": "*u8", "w_scales": "*fp16",
-                                                     "row_bytes": "i32", "TERNARY": ternary, "LAST_BYTES": 103},
+                                                     "row_bytes": "i32", "TERNARY": ternary, "last_bytes": "i32"},
                               tile.warps, tile.stages)
         else:
             x, w = (f"tensordesc<{value}[{side}, 128]>" if tile.bulk else f"*{value}"
                     for side in (tile.block_m, tile.block_o))
             scales = {"rows": 1, "folded": 2}.get(name, 0)
             found = build(gemm._product, {**cut, "x": x, "w": w, "w_scales": "*fp32", "SCALES": scales,
-                                          "FP8": name == "fp8", "BULK": tile.bulk}, tile.warps, tile.stages, **limit)
+                                          "FP8": name == "fp8", "BULK": tile.bulk, "STAGES": tile.stages}, tile.warps,
+                          tile.stages, **limit)
         code = found.asm["ptx"]
         tensor_cores = "wgmma" if capability == 90 else "mma.sync"
         assert tensor_cores in code or (name == "packed" and "mma.sync" in code), (name, tile)
         assert found.metadata.shared <= (227 if capability == 90 else 99) * 1024, (name, tile, found.metadata.shared)
+        assert capability < 90 or not spilled(found), (name, tile)
         built += 1
 print("built", built)
 '''

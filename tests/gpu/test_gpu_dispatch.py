@@ -93,6 +93,17 @@ def test_blocks_on_a_gpu_that_has_them(device):
     assert relative(out, act.dequantize().double().cpu() @ torch.from_numpy(dequantize(packed)).double().T) < 1e-2
 
 
+def test_scaled_products_go_straight_where_they_belong():
+    """By torch's operator behind `scaled_mm`, which a CPU has for one scale per operand."""
+    a, b = normal(32, 128).to(torch.float8_e4m3fn), normal(64, 128, seed=1).to(torch.float8_e4m3fn)
+    scales = torch.tensor([0.5]), torch.tensor([0.25])
+    wanted = a.double() @ b.double().T / 8
+    for out in (torch.zeros(32, 64, dtype=torch.bfloat16), torch.zeros(32, 64),
+                torch.zeros(32, 80, dtype=torch.bfloat16)[:, 8:72]):
+        routes.scaled_product(a, b, *scales, torch.nn.functional.ScalingType.TensorWise, out)
+        assert relative(out, wanted) < 5e-3
+
+
 def test_activations_must_fit_the_route(device):
     packed = random_packed("ternary", 48, 384)
     codes, scales, _ = weights(packed, device)
@@ -148,19 +159,78 @@ def test_what_was_measured_is_kept_and_chosen(device):
     assert calls == []  # nothing is measured twice
 
 
-def test_a_route_that_fails_is_left_out_and_time_is_kept(device):
+def test_a_level_of_accuracy_measures_what_another_left_out(device):
+    """Who asks for "fast" after drawing with "exact" gets the routes of "fast"."""
+    given = {"packed": 3.0, "unpacked": 2.0, "library": 9.0, "folded": 0.5}
+    calls: list[str] = []
+
     def seconds(route, shape):
+        calls.append(route.name)
+        return given[route.name]
+
+    tuning.measure([FEW], device, seconds, names=accuracy.EXACT)
+    assert set(calls) == set(accuracy.EXACT)
+    calls.clear()
+    table = tuning.measure([FEW], device, seconds, names=(*accuracy.EXACT, "folded"))
+    assert set(calls) == {"folded"}
+    assert table.choose(FEW, device, accuracy.LEVELS["fast"]).route.name == "folded"
+
+
+def test_a_route_that_fails_is_left_out_for_good_and_time_is_kept(device):
+    calls: list[str] = []
+
+    def seconds(route, shape):
+        calls.append(route.name)
         if route.name == "packed":
             raise RuntimeError("out of resource: shared memory")
+        if route.name == "library":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return 1.0
 
-    table = tuning.measure([FEW], device, seconds, names=("packed", "unpacked"), save=False)
-    assert {each["route"] for each in next(iter(table.entries.values()))} == {"unpacked"}
-    assert tuning.measure([KLEIN], device, seconds, budget=-1.0, save=False).entries == {}
+    names = ("packed", "unpacked", "library")
+    table = tuning.measure([FEW], device, seconds, names=names)
+    assert {each["route"] for each in next(iter(table.entries.values())) if each["seconds"]} == {"unpacked"}
+    assert table.choose(FEW, device, ("packed", "unpacked")).route.name == "unpacked"
+    assert "not measured" in table.choose(FEW, device, ("packed",)).reason
+    calls.clear()
+    tuning.measure([FEW], device, seconds, names=names)
+    assert set(calls) == {"library"}  # memory may be free another time
+    assert tuning.measure([KLEIN], device, seconds, budget=-1.0).entries == table.entries
+    calls.clear()
+    tuning.measure([KLEIN], device, seconds, names=("packed",))
+    assert calls == []  # not worth it with so many tokens
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"version": 1, "entries": {"x": [{"route": "magic"}]}}',
-                                     '{"version": 1, "entries": {"x": [{"route": "fp8", "tile": {"a": 1}}]}}'])
+def test_a_route_that_breaks_the_gpu_is_not_tried_by_the_next_process(device, monkeypatch):
+    def seconds(route, shape):
+        if route.name == "rows":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 1.0
+
+    def synchronize(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "place", lambda device: tuning.Path(tuning.os.environ["LINOCUT_CACHE"]) / "a.json")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(routes, "why_not", lambda name, shape, device: None)
+    other = Shape(40, 384, 48, "ternary")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning.measure([FEW, other], "cuda", seconds, names=("unpacked", "rows"))
+    calls = []
+    table = tuning.measure([FEW, other], "cuda", lambda route, shape: calls.append(route.name) or 1.0,
+                           names=("unpacked", "rows"))
+    assert set(calls) == {"unpacked"}
+    assert table.choose(other, "cuda", ("rows", "unpacked")).route.name == "unpacked"
+
+
+def test_a_folder_that_cannot_be_written_to_stops_nothing(device, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LINOCUT_CACHE", str(tmp_path / "file"))
+    assert tuning.measure([FEW], device, lambda route, shape: 1.0, names=("unpacked",)).entries
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"version": 2, "entries": {"x": [{"route": "magic"}]}}',
+                                     '{"version": 2, "entries": {"x": [{"route": "fp8", "tile": {"a": 1}}]}}'])
 def test_a_damaged_file_is_measured_anew(device, content):
     path = tuning.place(device)
     path.parent.mkdir(parents=True)

@@ -20,7 +20,7 @@ from linocut.pipeline.measure import Meter
 
 
 def test_the_meter_sees_a_peak_that_is_gone_by_the_end() -> None:
-    meter = Meter()
+    meter = Meter(torch.device("cpu"))
     with meter.phase("quiet"):
         pass
     before = memory.resident_bytes()

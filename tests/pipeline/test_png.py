@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -36,6 +37,18 @@ def test_parameters_line_is_the_one_galleries_read(image: Image.Image, tmp_path:
 
 def test_same_picture_gives_same_bytes(image: Image.Image) -> None:
     assert encode_png(image, RECIPE) == encode_png(image, RECIPE)
+
+
+def test_files_are_no_larger_than_the_usual_ones(tmp_path: Path) -> None:
+    """A drawing of the embedded model, and a photograph's kind of noise."""
+    from linocut.pipeline.generate import Pipeline
+
+    rng = np.random.default_rng(0)
+    steps = rng.normal(0, 3, (256, 256, 3)).cumsum(0).cumsum(1) / 16
+    photograph = Image.fromarray((steps % 256).astype(np.uint8))
+    for picture in (Pipeline.from_pretrained("embedded")("a red apple", seed=1).images[0], photograph):
+        picture.save(tmp_path / "usual.png")
+        assert len(encode_png(picture, None)) < 1.02 * (tmp_path / "usual.png").stat().st_size
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, image: Image.Image) -> None:

@@ -17,14 +17,15 @@ SCRATCH_BYTES = 16 << 20
 _ROW_MULTIPLE = 64
 
 
-def block_rows(n: int, itemsize: int) -> int:
+def block_rows(n: int, itemsize: int, scratch: int = SCRATCH_BYTES) -> int:
     """Rows of N weights of `itemsize` bytes that fit the scratch; a multiple of 64 keeps GEMM tiles even."""
-    return max(_ROW_MULTIPLE, SCRATCH_BYTES // max(n * itemsize, 1) // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    return max(_ROW_MULTIPLE, scratch // max(n * itemsize, 1) // _ROW_MULTIPLE * _ROW_MULTIPLE)
 
 
-def blocked_linear(x: Tensor, weight: PackedWeight, decode: Callable[[PackedWeight, Tensor], None]) -> Tensor:
+def blocked_linear(x: Tensor, weight: PackedWeight, decode: Callable[[PackedWeight, Tensor], None],
+                   scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
     """y[M, O] = x[M, N] @ W.T in x's dtype, where decode(rows, out) writes rows of W into out[rows, N]."""
-    step = min(block_rows(weight.n, x.element_size()), weight.o)
+    step = min(block_rows(weight.n, x.element_size(), scratch_bytes), weight.o)
     scratch = torch.empty((step, weight.n), dtype=x.dtype, device=x.device)
     if step == weight.o:
         decode(weight, scratch)

@@ -33,7 +33,7 @@ from linocut.models.modulations import Modulations
 
 DTYPE = torch.bfloat16
 """Of what is kept between products."""
-TUNE_SECONDS = 25.0
+TUNE_SECONDS = 20.0
 """Most seconds that measuring products takes before the first step of a size on a GPU that was never measured."""
 _PROMPTS = 2
 """Prompts whose embedded features are kept between steps: guidance alternates between two."""
@@ -71,19 +71,20 @@ class GpuTransformer:
         """
         model, batch = self.model, latents.shape[0]
         mod = sigma if isinstance(sigma, Modulations) else model.modulations(sigma, latents.dtype)
-        step = self._step(latents, text, image_ids, text_ids)
-        context = self._context(text)
-        blocks = len(self._doubles) + len(self._singles)
         velocity = []
-        for i in range(batch):
-            step.set(latents[i], context[i], mod, i)
-            self._run(step)
-            velocity.append(step.velocity.to(latents.dtype, copy=True))
-            if on_block is not None:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                on_block((i + 1) * blocks, batch * blocks)
-        return torch.stack(velocity)
+        with runtime.on_device(latents):
+            step = self._step(latents, text, image_ids, text_ids)
+            context = self._context(text)
+            blocks = len(self._doubles) + len(self._singles)
+            for i in range(batch):
+                step.set(latents[i], context[i], mod, i)
+                self._run(step)
+                velocity.append(step.velocity.to(latents.dtype, copy=True))
+                if on_block is not None:
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    on_block((i + 1) * blocks, batch * blocks)
+            return torch.stack(velocity)
 
     def _step(self, latents: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor) -> _Step:
         key = (text.shape[1], latents.shape[1])
@@ -284,6 +285,7 @@ def _choose(shapes: Sequence[Shape], device: torch.device) -> dict[Shape, tuning
     name = str(device)
     if device.type == "cuda" and os.environ.get("LINOCUT_GPU_TUNE", "").strip() != "0":
         table = tuning.measure(shapes, name, timing.Products(name), names=allowed, budget=TUNE_SECONDS)
+        torch.cuda.empty_cache()  # as much as a step needs, in pieces of other sizes
     else:
         table = tuning.Table.of(name)
     return {shape: table.choose(shape, name, allowed) for shape in shapes}

@@ -28,17 +28,18 @@ _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis. Computed in float32, returned in the dtype of x."""
+    """x / rms(x) * weight over the last axis. Computed in float32, returned in `dtype`, which is x's if None."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.dtype: torch.dtype | None = None
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
+        return (y * self.weight.float()).to(self.dtype or x.dtype)
 
 
 def rotary_table(tokens: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -143,6 +144,12 @@ class Qwen3Encoder(nn.Module):
             return None
         found = _LAYER_KEY.match(name)
         return None if found and int(found[1]) >= len(self.layers) else name
+
+    def compute_in(self, dtype: torch.dtype) -> Qwen3Encoder:
+        """Have layers multiply and attend in `dtype`; what they are added to keeps the dtype of the embedding."""
+        for layer in self.layers:
+            layer.input_layernorm.dtype = layer.post_attention_layernorm.dtype = dtype
+        return self
 
     def forward(self, ids: Tensor, mask: Tensor, on_layer: OnLayer | None = None) -> Tensor:
         """Features [B, T, taps * D] for token ids [B, T]; each token's row is [tap 1 | tap 2 | ...].

@@ -47,7 +47,7 @@ class Components:
         self._stream = False
         self._streamed: tuple[Checkpoint, list[list[str]]] | None = None
         self._modulations: tuple[Schedule, list[Modulations]] | None = None
-        self._step: tuple[Any, Any] | None = None  # a transformer, and the step on a GPU with its memory and graph
+        self._runners: dict[int, tuple[Any, Any]] = {}  # networks by id, and what runs them on a GPU
         use_huge_pages()
         if not keep:
             avoid_fragments()
@@ -93,7 +93,8 @@ class Components:
             network = weakref.ref(model)
             del model
             if not self.keep:
-                self._streamed = self._step = None
+                self._streamed = None
+                self._runners.clear()
                 self._give_memory_back(network)
 
     def runner(self, network: Any, rows: int | None = None) -> Any:
@@ -101,15 +102,25 @@ class Components:
 
         `rows` is how many tokens a fused step of the transformer takes at a time.
         """
+        if self._on_tensor_cores:
+            if id(network) not in self._runners:
+                self._runners[id(network)] = network, self._gpu_runner(network)
+            return self._runners[id(network)][1]
         if isinstance(network, Qwen3Encoder):
             return text_encoder_cpu.runner(network) if self.device.type == "cpu" else network
-        if self.device.type == "cuda" and gpu.why_no_products(str(self.device)) is None:
-            from linocut.models import flux2_gpu
-
-            if self._step is None or self._step[0] is not network:
-                self._step = network, flux2_gpu.runner(network)
-            return self._step[1]
         return flux2_cpu.runner(network, rows)
+
+    def _gpu_runner(self, network: Any) -> Any:
+        from linocut.models import flux2_gpu, text_encoder_gpu
+
+        if not isinstance(network, Qwen3Encoder):
+            return flux2_gpu.runner(network)
+        return network if self._stream else text_encoder_gpu.GpuEncoder(network)  # layers that visit are never there
+
+    @property
+    def _on_tensor_cores(self) -> bool:
+        """Whether this is an NVIDIA GPU on which Triton's kernels multiply."""
+        return self.device.type == "cuda" and gpu.why_no_products(str(self.device)) is None
 
     def release_part(self, done: int) -> None:
         """Let what part number `done`, from 1, was the last to need leave memory; it comes back if it runs again.
@@ -160,7 +171,8 @@ class Components:
         """Forget every network that was kept."""
         networks = [weakref.ref(model) for model in self._kept.values()]
         self._kept.clear()
-        self._modulations = self._step = None
+        self._runners.clear()
+        self._modulations = None
         self._give_memory_back(*networks)
 
     def _give_memory_back(self, *networks: "weakref.ref[Any]") -> None:
@@ -188,6 +200,8 @@ class Components:
                 self._streamed = self._parts(checkpoint, True)
         if self.device.type == "cpu":
             return model
+        if isinstance(model, Qwen3Encoder) and self._on_tensor_cores and dtype == torch.float32:
+            model.compute_in(torch.bfloat16)
         if isinstance(model, Qwen3Encoder) and self._stream:
             layers, model.layers = model.layers, nn.ModuleList()
             model.to(self.device).layers = layers

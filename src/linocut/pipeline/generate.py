@@ -46,7 +46,7 @@ class GenerationResult:
     """What a call returns.
 
     `timings` has, per phase ("encode", "denoise", "decode"), `seconds`, of these `load_seconds` to open the network,
-    and `peak_rss` in bytes; "denoise" also the seconds of each step.
+    and `peak_rss` in bytes, on a CUDA device also `peak_gpu`; "denoise" also the seconds of each step.
     """
 
     images: list["Image"]

@@ -13,12 +13,12 @@ from __future__ import annotations
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import fusible
 from linocut.kernels.gpu import runtime
+from linocut.kernels.gpu.candidates import SCRATCH_BYTES
 from linocut.pipeline import footprint
 from linocut.pipeline.memory import (
     CONVOLUTION_BYTES,
     DTYPE_BYTES,
     MB,
-    SCRATCH_BYTES,
     Phase,
     Plan,
     Planner,
@@ -58,11 +58,11 @@ class GpuPlanner(Planner):
         known, latents = features * self._texts(prompts, together), image * self.transformer.in_channels * 4
         text = self.text_all
         reading = text - (0 if not ways.stream else self.text_layers - 2 * self.text_largest)
-        encode = Phase("encode", reading, footprint.layer_bytes(self.text, length, size) + known + features,
-                       SCRATCH_BYTES, base=base)
+        layer = footprint.layer_bytes(self.text, length, size)
+        encode = Phase("encode", reading, layer + known + features, SCRATCH_BYTES, base=base)
         step = footprint.gpu_step_bytes(self.transformer, length, image) if self._on_gpu else \
             footprint.block_bytes(self.transformer, length, image, size)
-        held = text if ways.keep_loaded else 0
+        held = text + layer + SCRATCH_BYTES if ways.keep_loaded else 0  # networks, and what the encoder's graph works in
         denoise = Phase("denoise", self._weights, max(step, self._timestep - self._weights) + known
                         + (6 + together) * latents, SCRATCH_BYTES, held, base)
         value = 2 if runtime.why_no_products(self.device) is None else size

@@ -107,7 +107,7 @@ class Run:
         self.pipe, self.request, self.ways, self.sources = pipe, request, ways, sources
         self.callback, self.on_progress = callback, on_progress
         self.cancelled = cancel.is_set if isinstance(cancel, threading.Event) else cancel
-        self.meter = Meter()
+        self.meter = Meter(pipe.device)
         self._preview_vae: Autoencoder | None = None
         self.vocabulary = Vocabulary.of(pipe.folder)
         side = AutoencoderConfig.from_dict(pipe.folder.config("vae")).token_side

@@ -16,6 +16,9 @@ from linocut.kernels.problem import FLOAT_DTYPES, PackedWeight, Problem
 if TYPE_CHECKING:
     from linocut.kernels.gpu import tuning
 
+SCRATCH_BYTES = 64 << 20
+"""Of decoded rows at a time: a block of 16 MB, which is right for a CPU's caches, is a small product on a GPU."""
+
 
 def _why_not(problem: Problem) -> str | None:
     if torch.compiler.is_compiling():
@@ -50,10 +53,11 @@ class Triton:
     def decode(self, weight: PackedWeight, out: Tensor) -> None:
         from linocut.kernels.gpu import decode
 
-        decode.decode(weight, out)
+        with runtime.on_device(out):
+            decode.decode(weight, out)
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        return blocked_linear(x, weight, self.decode)
+        return blocked_linear(x, weight, self.decode, SCRATCH_BYTES)
 
 
 class TritonInt8(Triton):
@@ -79,7 +83,8 @@ class TritonInt8(Triton):
         shape = routes.Shape(x.shape[0], weight.n, weight.o, weight.encoding)
         route = _table(device, str(tuning.place(device))).choose(shape, device, ("packed", "unpacked")).route
         act = Activations.empty(route.kind, x.shape[0], weight.n, x.device)
-        rows.quantize(x.detach() if x.stride(1) == 1 else x.detach().contiguous(), act)
         out = torch.empty((x.shape[0], weight.o), dtype=x.dtype, device=x.device)
-        routes.run(route, act, weight, out, routes.Scratch(x.device))
+        with runtime.on_device(x):
+            rows.quantize(x.detach() if x.stride(1) == 1 else x.detach().contiguous(), act)
+            routes.run(route, act, weight, out, routes.Scratch(x.device))
         return out

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from linocut.formats.packed import BLOCK, GROUP_SIZE
+from linocut.kernels.gpu import runtime
 from linocut.kernels.gpu.activations import Activations
 from linocut.kernels.problem import PackedWeight
 
@@ -56,34 +57,38 @@ def _place(m, o, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.cons
     return (first + within % size) * BLOCK_M, within // size * BLOCK_O
 
 
-@triton.jit(do_not_specialize=("m", "stride_scales"))  # any number of tokens runs what was compiled once
-def _product(x, x_scales, w, w_scales, y, m, o, stride_y, stride_scales, N: tl.constexpr, SCALES: tl.constexpr,
-             FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr,
-             BULK: tl.constexpr):
+# Any number of tokens and any width runs what was compiled once: a step has three widths, and a compilation takes as
+# long as hundreds of products. GROUPS is 0 there; the interpreter cannot loop as often as an argument says.
+@triton.jit(do_not_specialize=("m", "stride_scales"))
+def _product(x, x_scales, w, w_scales, y, m, o, n, stride_y, stride_scales, SCALES: tl.constexpr, FP8: tl.constexpr,
+             BULK: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):
     """x and w are descriptors of [BLOCK_M, 128] and [BLOCK_O, 128] if BULK, else pointers."""
     first_m, first_o = _place(m, o, BLOCK_M, BLOCK_O, TOGETHER)
     row, column = first_m + tl.arange(0, BLOCK_M), first_o + tl.arange(0, BLOCK_O)
-    # Past the end the first rows are read again; what comes of them is not stored.
-    row_in, column_in = tl.where(row < m, row, 0), tl.where(column < o, column, 0)
-    k = tl.arange(0, 128)
+    inside_m, inside_o = row < m, column < o
     if not BULK:
-        x_at = x + row_in[:, None].to(tl.int64) * N + k[None, :]
-        w_at = w + column_in[None, :].to(tl.int64) * N + k[:, None]
+        # Past the end the first rows are read again; what comes of them is not stored.
+        row_in, column_in, k = tl.where(inside_m, row, 0), tl.where(inside_o, column, 0), tl.arange(0, 128)
+        x_at = x + row_in[:, None].to(tl.int64) * n + k[None, :]
+        w_at = w + column_in[None, :].to(tl.int64) * n + k[:, None]
     if SCALES == FOLDED:
         total = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
-        for group in range(N // 128):
+        for group in range(n // 128 if GROUPS == 0 else GROUPS):
             if BULK:
                 a, b = x.load([first_m, group * 128]), w.load([first_o, group * 128]).T
             else:
                 a, b = tl.load(x_at + group * 128), tl.load(w_at + group * 128)
             total = tl.dot(a, b, total, out_dtype=tl.int32)
-        result = total.to(tl.float32) * tl.load(w_scales + column_in)[None, :]
+        result = total.to(tl.float32) * tl.load(w_scales + column, mask=inside_o, other=0.0)[None, :]
     else:
         result = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-        for group in range(N // 128):
-            scale = tl.load(w_scales + group * o + column_in)[None, :]
+        # The number of stages, said here, has scales loaded ahead as well, not a and b alone.
+        for group in tl.range(n // 128 if GROUPS == 0 else GROUPS, num_stages=STAGES):
+            # Masks keep neighbours neighbours: a thread then has one address for all its scales, not one for each.
+            scale = tl.load(w_scales + group * o + column, mask=inside_o, other=0.0)[None, :]
             if SCALES == GROUPED:
-                scale = scale * tl.load(x_scales + group * stride_scales + row_in)[:, None]
+                scale = scale * tl.load(x_scales + group * stride_scales + row, mask=inside_m, other=0.0)[:, None]
             if BULK:
                 a, b = x.load([first_m, group * 128]), w.load([first_o, group * 128]).T
             else:
@@ -94,29 +99,29 @@ def _product(x, x_scales, w, w_scales, y, m, o, stride_y, stride_scales, N: tl.c
                 part = tl.dot(a, b, out_dtype=tl.int32).to(tl.float32)
             result += part * scale
     if SCALES != GROUPED:
-        result *= tl.load(x_scales + row_in)[:, None]
+        result *= tl.load(x_scales + row, mask=inside_m, other=0.0)[:, None]
     tl.store(y + row[:, None].to(tl.int64) * stride_y + column[None, :], result.to(y.dtype.element_ty),
-             mask=(row < m)[:, None] & (column < o)[None, :])
+             mask=inside_m[:, None] & inside_o[None, :])
 
 
 @triton.jit(do_not_specialize=("m", "stride_scales"))
-def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, stride_scales, row_bytes, N: tl.constexpr,
-                    TERNARY: tl.constexpr, LAST_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, stride_scales, row_bytes, n, last_bytes,
+                    TERNARY: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
                     TOGETHER: tl.constexpr):
     """The tile is computed transposed, [O, M]: then what is decoded goes to the tensor cores out of registers."""
     first_m, first_o = _place(m, o, BLOCK_M, BLOCK_O, TOGETHER)
     row, column = first_m + tl.arange(0, BLOCK_M), first_o + tl.arange(0, BLOCK_O)
     row_in, column_in = tl.where(row < m, row, 0), tl.where(column < o, column, 0)
     k = tl.arange(0, 128)
-    x_at = x + row_in[None, :].to(tl.int64) * N + k[:, None]
+    x_at = x + row_in[None, :].to(tl.int64) * n + k[:, None]
     line = codes + column_in[:, None].to(tl.int64) * row_bytes
     byte = tl.arange(0, 16)
     result = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    for group in range(N // 128):
-        scale = tl.load(w_scales + column_in * (N // 128) + group).to(tl.float32)
+    for group in range(n // 128 if GROUPS == 0 else GROUPS):
+        scale = tl.load(w_scales + column_in * (n // 128) + group).to(tl.float32)
         if TERNARY:
             block = group // 5
-            plane_bytes = 128 if block < N // 640 else LAST_BYTES
+            plane_bytes = tl.where(block < n // 640, 128, last_bytes)
             index = (group - block * 5) * 128 + k
             plane = index // plane_bytes
             power = tl.where(plane < 2, tl.where(plane == 0, 1, 3),
@@ -147,8 +152,9 @@ def product(act: Activations, values: Tensor, scales: Tensor, out: Tensor, tile:
     folded = scales.ndim == 1
     kind = FOLDED if folded else ROWS if act.kind == "rows" else GROUPED
     o = values.shape[0]
-    _product[_grid(act.m, o, tile)](x, act.scales, w, scales, out, act.m, o, out.stride(0), act.scale_stride, N=act.n,
-                                    SCALES=kind, FP8=act.kind == "fp8", BULK=tile.bulk, **_options(tile))
+    _product[_grid(act.m, o, tile)](x, act.scales, w, scales, out, act.m, o, act.n, out.stride(0), act.scale_stride,
+                                    SCALES=kind, FP8=act.kind == "fp8", BULK=tile.bulk, STAGES=tile.stages,
+                                    **_options(tile, act.n))
 
 
 def packed_product(act: Activations, weight: PackedWeight, out: Tensor, tile: Tile) -> None:
@@ -156,18 +162,19 @@ def packed_product(act: Activations, weight: PackedWeight, out: Tensor, tile: Ti
     last = max(1, -(-(weight.n % BLOCK) // 5))
     _packed_product[_grid(act.m, weight.o, tile)](
         act.values, act.scales, weight.codes, weight.scales, out, act.m, weight.o, out.stride(0),
-        act.scale_stride, weight.codes.shape[1], N=weight.n, TERNARY=weight.encoding == "ternary", LAST_BYTES=last,
-        **_options(tile))
+        act.scale_stride, weight.codes.shape[1], weight.n, last, TERNARY=weight.encoding == "ternary",
+        **_options(tile, weight.n))
 
 
 def _grid(m: int, o: int, tile: Tile) -> tuple[int]:
     return (triton.cdiv(m, tile.block_m) * triton.cdiv(o, tile.block_o),)
 
 
-def _options(tile: Tile) -> dict[str, int]:
+def _options(tile: Tile, n: int) -> dict[str, int]:
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
-    return {"BLOCK_M": tile.block_m, "BLOCK_O": tile.block_o, "TOGETHER": tile.together, "num_warps": tile.warps,
-            "num_stages": tile.stages, **limit}
+    return {"GROUPS": n // GROUP_SIZE if runtime.interpreted() else 0, "BLOCK_M": tile.block_m,
+            "BLOCK_O": tile.block_o, "TOGETHER": tile.together, "num_warps": tile.warps, "num_stages": tile.stages,
+            **limit}
 
 
 assert GROUP_SIZE == 128  # what the kernels are written for

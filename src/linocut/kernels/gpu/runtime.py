@@ -61,6 +61,11 @@ def capability(device: str = "cuda") -> tuple[int, int]:
     return major, minor
 
 
+def on_device(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """A context in which Triton starts kernels on the tensor's GPU; without it, that is the first one."""
+    return torch.cuda.device_of(tensor)
+
+
 def why_not(device: str) -> str | None:
     """None if Triton's kernels run on tensors of this device ("cuda", "cuda:1", "cpu" ...), else the reason."""
     kind = device.partition(":")[0]

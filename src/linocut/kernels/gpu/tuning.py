@@ -1,12 +1,14 @@
 """Which route a product takes on this GPU, and why: measured on it once and kept, or a table of what is likely.
 
 Results are kept per GPU and version in `LINOCUT_CACHE`/gpu. Measuring goes through a short list of routes and tiles for
-the shapes of one network and stops after some seconds; what it did not come to keeps the table's choice. Nothing is
-measured unless `measure` is called: drawing reads what is there.
+the shapes of one network and stops after some seconds; a route that it did not come to is measured when it is next
+asked for, and one that failed is not tried again. Nothing is measured unless `measure` is called: drawing reads what is
+there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,7 +27,9 @@ from linocut.kernels.gpu.accuracy import EXACT, KIND
 from linocut.kernels.gpu.gemm import Tile
 from linocut.kernels.gpu.routes import FEW_TOKENS, Route, Shape
 
-VERSION = 1
+VERSION = 2
+MOST_PACKED = 1024
+"""Tokens beyond which decoding a weight for every block of them anew is not worth a measurement."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Table:
     def choose(self, shape: Shape, device: str, allowed: Iterable[str]) -> Choice:
         """The quickest measured route among those allowed, else the likely one."""
         allowed = tuple(allowed)
-        found = [each for each in self.entries.get(_key(shape), []) if each["route"] in allowed]
+        found = [each for each in self.entries.get(_key(shape), []) if each["route"] in allowed and each["seconds"]]
         if not found:
             return likely(shape, device, allowed)
         best = min(found, key=lambda each: float(each["seconds"]))
@@ -85,17 +89,22 @@ class Table:
         return Choice(Route(best["route"], tile), f"the quickest of {len(found)} that were measured here",
                       best["seconds"])
 
-    def add(self, shape: Shape, route: Route, seconds: float) -> None:
-        """Keep a measurement."""
+    def knows(self, shape: Shape, name: str) -> bool:
+        """Whether the route `name` was measured at this shape, or failed."""
+        return any(each["route"] == name for each in self.entries.get(_key(shape), []))
+
+    def add(self, shape: Shape, route: Route, seconds: float | None) -> None:
+        """Keep a measurement, or that the route failed."""
         tile = None if route.tile is None else route.tile.to_dict()
         self.entries.setdefault(_key(shape), []).append({"route": route.name, "tile": tile, "seconds": seconds})
 
     def save(self) -> None:
         """Write the file, if the folder can be written to."""
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             content = {"version": VERSION, "entries": self.entries}
-            atomic_write_bytes(self.path, json.dumps(content, indent=1).encode())
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                atomic_write_bytes(self.path, json.dumps(content, indent=1).encode())
 
 
 def measure(shapes: Iterable[Shape], device: str, seconds_of: Callable[[Route, Shape], float], *,
@@ -105,31 +114,46 @@ def measure(shapes: Iterable[Shape], device: str, seconds_of: Callable[[Route, S
 
     seconds_of(route, shape) runs a product some times and returns seconds of one; what it raises rules the route out.
     """
-    table, stop = Table.of(device), time.monotonic() + budget
-    listed = [shape for shape in shapes if _key(shape) not in table.entries]
+    table, stop, names = Table.of(device), time.monotonic() + budget, tuple(names)
     ways = {shape: [(name, routes.tiles(name, shape, device)) for name in names
-                    if routes.why_not(name, shape, device) is None] for shape in listed}
+                    if routes.why_not(name, shape, device) is None and not table.knows(shape, name)
+                    and (name != "packed" or shape.m <= MOST_PACKED)]
+            for shape in {_key(shape): shape for shape in shapes}.values()}
     deepest = max((len(tiles) for each in ways.values() for _, tiles in each), default=0)
     for depth in range(deepest):
-        for shape in listed:
-            for name, tiles in ways[shape]:
+        for shape, each in ways.items():
+            for name, tiles in each:
                 if depth >= len(tiles) or time.monotonic() > stop:
                     continue
                 route = Route(name, tiles[depth])
                 try:
-                    seconds = seconds_of(route, shape)
-                except (RuntimeError, ValueError, TritonError) as error:  # out of shared memory, or does not compile
-                    if on_result is not None:
-                        on_result(shape, route, float("nan"))
-                    if "out of memory" in str(error):
-                        raise
-                    continue
+                    seconds = _seconds(seconds_of, route, shape, device)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    continue  # memory may be free another time
+                except RuntimeError:  # the GPU has given up: no process shall try this route again
+                    for other in ways:
+                        table.add(other, Route(name), None)
+                    table.save()
+                    raise
                 table.add(shape, route, seconds)
                 if on_result is not None:
-                    on_result(shape, route, seconds)
-    if save and listed:
+                    on_result(shape, route, float("nan") if seconds is None else seconds)
+    if save and deepest:
         table.save()
     return table
+
+
+def _seconds(seconds_of: Callable[[Route, Shape], float], route: Route, shape: Shape, device: str) -> float | None:
+    """What seconds_of says; None if the route takes too much shared memory or does not compile."""
+    try:
+        return seconds_of(route, shape)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TritonError):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)  # raises if nothing can run on the GPU any more
+        return None
 
 
 def place(device: str) -> Path:
@@ -148,7 +172,7 @@ def _key(shape: Shape) -> str:
 def _entry(value: Any) -> dict[str, Any]:
     """A measurement out of a file, checked."""
     tile = None if value["tile"] is None else Tile(**value["tile"])
-    if value["route"] not in KIND or not float(value["seconds"]) > 0:
+    seconds = None if value["seconds"] is None else float(value["seconds"])
+    if value["route"] not in KIND or (seconds is not None and not seconds > 0):
         raise ValueError(f"not a measurement: {value}")
-    return {"route": value["route"], "tile": None if tile is None else tile.to_dict(),
-            "seconds": float(value["seconds"])}
+    return {"route": value["route"], "tile": None if tile is None else tile.to_dict(), "seconds": seconds}

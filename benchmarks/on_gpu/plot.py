@@ -8,11 +8,6 @@ from typing import Any
 from linocut.kernels.gpu.accuracy import KIND
 
 
-def entries(value: Any) -> list[dict[str, Any]]:
-    """A section's list, or nothing where it failed or did not run."""
-    return value if isinstance(value, list) else []
-
-
 def plot(source: Path, target: Path) -> None:
     """TFLOP/s of each route's best tile against operations per byte moved, under the roofs of the device."""
     import matplotlib

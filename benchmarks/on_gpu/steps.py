@@ -1,0 +1,112 @@
+"""Sections `step`, `profile`, `dense` and `compiled`: one denoising step, packed and dense."""
+
+import time
+from itertools import product as pairs
+from typing import Any
+
+import torch
+
+from linocut.models.flux2_gpu import GpuTransformer
+from on_gpu.bench import LEVELS, Bench, level, line, peak, release, say, seconds, step_inputs, synchronize
+from on_gpu.networks import DEVICE, compile_blocks, dense_network, packed_network
+
+
+def measure(bench: Bench, run: Any, side: int, given: list[Any]) -> dict[str, Any]:
+    """Seconds of run(*given), of its first call, and the most memory from that on: a graph's is taken when recorded."""
+    with peak() as most:
+        start = time.perf_counter()
+        run(*given)
+        synchronize()
+        first = time.perf_counter() - start
+        for _ in range(0 if bench.toy else 3):
+            run(*given)
+        took = seconds(lambda: run(*given), bench.rounds)
+    d, s = bench.config.width, bench.text + bench.tokens(side)
+    blocks = bench.config.num_layers + bench.config.num_single_layers
+    work = (26 * s * d * d * blocks + 4 * s * s * d * blocks) * given[0].shape[0]
+    return {"side": side, "seconds": took, "first_call_seconds": first, **most, "tflops": work / took / 1e12}
+
+
+def step(bench: Bench) -> list[dict[str, Any]]:
+    """The packed step at each accuracy, as one CUDA graph, by the routes that were measured."""
+    found = []
+    for encoding in bench.encodings:
+        network = packed_network(bench.config, encoding)
+        for accuracy, side in pairs(LEVELS[:: 2 if bench.toy else 1], bench.sides[: 1 if bench.toy else None]):
+            bench.tune(encoding, accuracy)
+            with level(accuracy):
+                run = GpuTransformer(network)
+                entry = measure(bench, run, side, step_inputs(bench, bench.config, side))
+            chosen = {f"M{shape.m} N{shape.n} O{shape.o}": f"{choice.route.name} {choice.route.tile}"
+                      for shape, choice in run.choices.items()}
+            found.append({"what": f"linocut {encoding} {accuracy}", **entry, "graph": run.graph_note or "yes",
+                          "routes": chosen})
+            say(line({key: value for key, value in found[-1].items() if key != "routes"}))
+            del run
+        del network
+        release()
+    return found
+
+
+def profile(bench: Bench) -> dict[str, Any]:
+    """Where the time of an exact and of a fast step goes, by kernel, in milliseconds."""
+    if DEVICE == "cpu":
+        return {"skipped": "needs a GPU"}
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    found = {}
+    network = packed_network(bench.config, "ternary")
+    for accuracy, side in pairs(("exact", "fast"), bench.sides):
+        bench.tune("ternary", accuracy)
+        with level(accuracy):
+            run = GpuTransformer(network, graph=False)
+            given = step_inputs(bench, bench.config, side)
+            for _ in range(2):
+                run(*given)
+            with record(activities=[ProfilerActivity.CUDA]) as events:
+                run(*given)
+                synchronize()
+        times: dict[str, list[float]] = {}
+        for event in events.events():
+            times.setdefault(event.name[:90], []).append(event.device_time_total / 1e3)
+        ranked = sorted(((sum(each), len(each), name) for name, each in times.items()), reverse=True)
+        found[f"{accuracy} {side}"] = [{"ms": round(total, 3), "calls": calls, "kernel": name}
+                                       for total, calls, name in ranked[:16]]
+        for total, calls, name in ranked[:9]:
+            say(f"{accuracy} {side}: {total:8.3f} ms {calls:4d} x {name}")
+        del run
+    return found
+
+
+def dense(bench: Bench, compiled: bool = False) -> list[dict[str, Any]]:
+    """The same network in dense bfloat16, as it is written."""
+    found = []
+    network: Any = dense_network(bench.config)
+    if compiled:
+        compile_blocks(network.transformer_blocks, network.single_transformer_blocks)
+    for side in bench.sides[: 1 if bench.toy else None]:
+        with torch.no_grad():
+            entry = measure(bench, network, side, step_inputs(bench, bench.config, side, torch.bfloat16))
+        found.append({"what": f"dense bf16 {'compiled' if compiled else 'eager'}", **entry})
+        say(line(found[-1]))
+    return found
+
+
+def compiled(bench: Bench) -> list[dict[str, Any]]:
+    """The same with its blocks under torch.compile, and at the larger size also with cuDNN's attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    found = dense(bench, compiled=True)
+    if DEVICE == "cuda":
+        release()
+        torch._dynamo.reset()  # which attention it is was decided while compiling
+        network: Any = dense_network(bench.config)
+        compile_blocks(network.transformer_blocks, network.single_transformer_blocks)
+        side = bench.sides[-1]
+        with torch.no_grad(), sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            entry = measure(bench, network, side, step_inputs(bench, bench.config, side, torch.bfloat16))
+        found.append({"what": "dense bf16 compiled, cuDNN's attention", **entry})
+        say(line(found[-1]))
+        torch._dynamo.reset()
+    return found
