@@ -62,7 +62,7 @@ class GpuPlanner(Planner):
         encode = Phase("encode", reading, layer + known + features, SCRATCH_BYTES, base=base)
         step = footprint.gpu_step_bytes(self.transformer, length, image) if self._on_gpu else \
             footprint.block_bytes(self.transformer, length, image, size)
-        held = text + layer + SCRATCH_BYTES if ways.keep_loaded else 0  # networks, and what the encoder's graph works in
+        held = text + layer + SCRATCH_BYTES if ways.keep_loaded else 0  # and what the encoder works in
         denoise = Phase("denoise", self._weights, max(step, self._timestep - self._weights) + known
                         + (6 + together) * latents, SCRATCH_BYTES, held, base)
         value = 2 if runtime.why_no_products(self.device) is None else size
