@@ -184,9 +184,9 @@ def begun(tmp_path_factory) -> Path:
     """A run folder with an untrained teacher, and a recipe with every option on."""
     root = tmp_path_factory.mktemp("qat")
     file = write_recipe(root)
-    text = file.read_text().replace("[ternary]\ncalibrate = 8\nsteps = 6\nbatch = 4", "\n".join((
-        "[ternary]", "steps = 14", "batch = 8", 'loss = "normalized"', "contrast = 0.25", "freeze = 0.3",
-        "residual = 0.5", "anneal = 0.3", "accumulate = 2", "save_every = 3", "sheet_every = 6")))
+    text = file.read_text().replace("[ternary]\ncalibrate = 8\npixels = 0.9\nsteps = 6\nbatch = 4", "\n".join((
+        "[ternary]", "steps = 14", "batch = 8", "pixels = 0.9", 'loss = "normalized"', "contrast = 0.25",
+        "freeze = 0.3", "residual = 0.5", "anneal = 0.3", "accumulate = 2", "save_every = 3", "sheet_every = 6")))
     assert "contrast" in text
     file.write_text(text.replace("[path]", "[path]\njitter = 0.5"))
     recipe, run = Recipe.from_file(file), root / "run"
