@@ -54,6 +54,7 @@ def command(recipe_file: Path, run: Path, stages: tuple[str, ...], sprites: Path
     linocut train recipes/klein-4b.toml --out runs/klein --stage ternary
     """
     from linocut.errors import UsageError
+    from linocut.train.loop import leave_group
     from linocut.train.model_recipe import read_recipe
     from linocut.train.recipe import Recipe
     from linocut.train.stages import run_stage
@@ -65,6 +66,7 @@ def command(recipe_file: Path, run: Path, stages: tuple[str, ...], sprites: Path
     distilled = read_recipe(recipe_file)
     if distilled is not None:
         _distil(distilled.rehearsal() if rehearse else distilled, run, stages, device, benchmark, price, as_json)
+        leave_group()
         return
     if benchmark is not None:
         raise UsageError("--benchmark is for a recipe for a model that exists, one with a key `source`")
@@ -72,6 +74,7 @@ def command(recipe_file: Path, run: Path, stages: tuple[str, ...], sprites: Path
     recipe = recipe.rehearsal() if rehearse else recipe
     for stage in stages or STAGES:
         run_stage(stage, recipe, run, sprites, device, models or None)
+    leave_group()
 
 
 def _distil(recipe: ModelRecipe, run: Path, stages: tuple[str, ...], device: str | None, steps: int | None,

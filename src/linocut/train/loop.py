@@ -76,6 +76,12 @@ class Ranks:
                 dist.broadcast(tensor.data, 0)
 
 
+def leave_group() -> None:
+    """Part from the other processes once all is done: one that ends inside a group may be aborted by its threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def chosen_device(device: str | None, local: int = 0) -> torch.device:
     """The device that a name means (such as "cpu" or "cuda:1"); without one GPU number `local`, or else the CPU.
 

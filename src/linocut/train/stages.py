@@ -74,6 +74,7 @@ def _check_inputs(stage: str, run: Path) -> None:
 
 
 def main() -> None:
+    from linocut.train.loop import leave_group
     from linocut.train.recipe import Recipe
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -89,6 +90,7 @@ def main() -> None:
     recipe = recipe.rehearsal() if options.rehearse else recipe
     for stage in options.stage or STAGES:
         run_stage(stage, recipe, options.out, options.sprites, options.device, until=options.until)
+    leave_group()
 
 
 if __name__ == "__main__":
