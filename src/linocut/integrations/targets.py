@@ -34,7 +34,7 @@ from linocut.formats.unpacked import unpacked_output
 from linocut.formats.weight import Output, Weight, Weights, native_output
 from linocut.formats.writer import TensorWriter
 from linocut.integrations.recognize import FILLERS, Component, Model
-from linocut.quantize.policy import Policy, Rule
+from linocut.quantize.policy import FLUX2_PRESETS, Policy, Rule
 from linocut.quantize.stream import quantization_config
 
 __all__ = ["TARGETS", "Job", "Layout", "Options", "layout_for"]
@@ -274,7 +274,7 @@ def _policy(component: str, weights: Weights) -> Policy:
     shapes = {name.removesuffix(".weight"): weight.shape for name, weight in weights.items()
               if weight.packed or name.endswith(".weight")}
     kinds = {name: weight.kind for name, weight in weights.items() if weight.packed}
-    names = ("qwen3",) if component == "text_encoder" else ("flux2", "flux2-embedded", "flux2-compact")
+    names = ("qwen3",) if component == "text_encoder" else FLUX2_PRESETS
     for preset in names:
         for encoding in sorted(set(kinds.values())):
             policy = Policy.preset(preset, encoding)
