@@ -17,6 +17,10 @@ from PIL import Image
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
 _QUIET = os.environ | {"LINOCUT_PROMPT_CACHE": "0", "LINOCUT_THREADS": "1"}
 
+# Holes between what is in use come and go by 20 MB from picture to picture. With every larger block mapped by itself
+# there are none, and what grows is what is held.
+_NO_HOLES = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
 _SOAK = """
 import os, sys
 import torch
@@ -42,8 +46,8 @@ print(*(after - before for before, after in zip(*held)))
 
 def _soak(model: Path | str, way: str, pictures: int, side: int) -> tuple[int, int, int]:
     """What memory, open files and maps grow by, from a fifth of the pictures on to the last."""
-    done = subprocess.run([sys.executable, "-c", _SOAK, str(model), way, str(pictures), str(side)], env=_QUIET,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", _SOAK, str(model), way, str(pictures), str(side)],
+                          env=_QUIET | _NO_HOLES, capture_output=True, text=True, check=True)
     grown, files, maps = map(int, done.stdout.split())
     return grown, files, maps
 
@@ -60,7 +64,7 @@ def test_memory_files_and_maps_stay_as_they_were(tiny_model: Path, way: str) -> 
 @pytest.mark.parametrize("way", ["keep", "drop", "stream"])
 def test_fifty_pictures_of_the_embedded_model_take_no_more_than_ten(way: str) -> None:
     grown, files, maps = _soak("embedded", way, 50, 128)
-    assert grown < 6_000_000
+    assert grown < 3_000_000
     assert files <= 0
     assert maps < 10
 

@@ -32,7 +32,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_studio(browser, server) -> Iterator[Callable[..., Page]]:
-    """Call with a name of SIZES to get a fresh browser's page of the studio. Errors of the page fail the test."""
+    """Call with a name of SIZES to get a fresh browser's page of the studio. Errors of the page fail the test.
+
+    A test that routes or watches requests gives service_workers="block": what passes through one is not seen.
+    """
     contexts, errors = [], []
 
     def open_page(size: str = "wide", path: str = "/", **options: object) -> Page:

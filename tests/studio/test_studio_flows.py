@@ -122,7 +122,7 @@ def test_the_queue_is_reordered_and_cancelled_by_keyboard(open_studio):
 
 def test_an_answer_that_comes_late_does_not_put_a_job_back(open_studio):
     """The stream of events is often faster than the answer to the request that started the job."""
-    page = open_studio()
+    page = open_studio(service_workers="block")
 
     def late(route):
         answer = route.fetch()
@@ -299,7 +299,7 @@ def test_a_blind_vote_is_exported(open_studio, tmp_path):
 
 
 def test_prompts_typed_before_the_models_come_stay(open_studio):
-    page = open_studio(path="/#/gallery")
+    page = open_studio(path="/#/gallery", service_workers="block")
 
     def late(route):
         time.sleep(1.5)
