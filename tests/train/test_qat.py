@@ -186,7 +186,8 @@ def begun(tmp_path_factory) -> Path:
     file = write_recipe(root)
     text = file.read_text().replace("[ternary]\ncalibrate = 8\npixels = 0.9\nsteps = 6\nbatch = 4", "\n".join((
         "[ternary]", "steps = 14", "batch = 8", "pixels = 0.9", 'loss = "normalized"', "contrast = 0.25",
-        "freeze = 0.3", "residual = 0.5", "anneal = 0.3", "accumulate = 2", "save_every = 3", "sheet_every = 6")))
+        "critic = 0.5", "freeze = 0.3", "residual = 0.5", "anneal = 0.3", "accumulate = 2", "save_every = 3",
+        "sheet_every = 6")))
     assert "contrast" in text
     file.write_text(text.replace("[path]", "[path]\njitter = 0.5"))
     recipe, run = Recipe.from_file(file), root / "run"
@@ -241,6 +242,7 @@ def test_a_run_that_was_cut_ends_with_the_very_same_weights(begun, tmp_path, mon
     assert [line["frozen"] for line in lines] == [False, False, True, True]
     assert lines[-1]["flips"] == 0.0 < lines[1]["flips"]
     assert lines[0]["sensitivity"] > 0
+    assert lines[0]["margin"] == 0.0 != lines[2]["margin"]
     assert {line["step"] for line in read_lines(tmp_path / "b" / "ternary.jsonl")} == {0, 5, 10, 13}
     assert (tmp_path / "a" / "ternary.6.png").is_file()
     assert (tmp_path / "a" / "ternary.svg").is_file()
@@ -274,7 +276,8 @@ def test_kills_change_nothing_in_the_end(begun, tmp_path):
     assert all(np.array_equal(straight[name], again[name]) for name in straight)
 
 
-@pytest.mark.parametrize("wrong", [{"loss": "huber"}, {"freeze": 1.0}, {"accumulate": 0}, {"contrast": -1.0}])
+@pytest.mark.parametrize("wrong", [{"loss": "huber"}, {"freeze": 1.0}, {"accumulate": 0}, {"contrast": -1.0},
+                                   {"critic": -1.0}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError):
         QatSettings(**wrong)

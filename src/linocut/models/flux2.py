@@ -234,13 +234,13 @@ class Flux2Transformer(TimestepNetwork):
         return name
 
     def forward(self, latents: Tensor, text: Tensor, sigma: Tensor | Modulations, image_ids: Tensor, text_ids: Tensor,
-                on_block: Callable[[int, int], None] | None = None) -> Tensor:
+                on_block: Callable[[int, int], None] | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Predict the velocity (noise minus clean latents).
 
         latents [B, I, C] noisy latent tokens, text [B, T, E] text features, sigma [B] noise level in [0, 1] or what
         `modulations` makes of it, image_ids [I, 4] and text_ids [T, 4] positions (`image_position_ids`,
-        `text_position_ids`). on_block(done, total) is called after each block and may raise `Cancelled`. Returns
-        [B, I, C].
+        `text_position_ids`). on_block(done, total) is called after each block and may raise `Cancelled`. The
+        image tokens [B, I, width] that leave each block are appended to `taps`. Returns [B, I, C].
         """
         config = self.config
         rope = self.rope(latents, text, image_ids, text_ids)
@@ -249,12 +249,16 @@ class Flux2Transformer(TimestepNetwork):
         image, stream = self.x_embedder(latents), self.context_embedder(text.to(latents.dtype))
         for block in self.transformer_blocks:
             image, stream = block(image, stream, mod.image, mod.text, rope)
+            if taps is not None:
+                taps.append(image)
             done += 1
             if on_block is not None:
                 on_block(done, total)
         x = torch.cat([stream, image], dim=1)
         for block in self.single_transformer_blocks:
             x = block(x, mod.single, rope)
+            if taps is not None:
+                taps.append(x[:, text.shape[1]:])
             done += 1
             if on_block is not None:
                 on_block(done, total)

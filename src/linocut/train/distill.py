@@ -20,6 +20,7 @@ from linocut.models.convert import quantize_, set_eps
 from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.calibrate import Batch, calibrate
+from linocut.train.critic import make_critic
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
 from linocut.train.journeys import Journeys
 from linocut.train.loop import Ranks, Schedule, autocast
@@ -61,7 +62,8 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
             settings, ranks, student, student.transformer, average, optimizers, snapshot, schedule,
             Objective(settings.loss, settings.contrast, recipe.path.grid, ranks,
                       _channels(recipe, run, teacher, captions, settings.pixels)), run / f"{encoding}.jsonl",
-            sheet=_sheet(recipe, run, student, encoding, ranks), saved=saved)
+            sheet=_sheet(recipe, run, student, encoding, ranks),
+            critic=make_critic(settings.critic, recipe.transformer, ranks, saved), saved=saved)
         rows, columns = recipe.tokens
         batch = Journeys(recipe.path, grid_levels(recipe), teacher, CaptionReader(teacher, student, captions),
                          settings.batch, (rows * columns, recipe.transformer.in_channels),

@@ -28,6 +28,9 @@ class Network(Protocol):
     def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
         """Euler's steps from x at levels[0] to levels[-1]."""
 
+    def features(self, latents: Tensor, text: Tensor, sigma: Tensor) -> list[Tensor]:
+        """The image tokens [B, I, width] that leave each block."""
+
 
 class Reader(Protocol):
     """Where prompts come from. `position` is how many were read, of one that can go on from any."""
@@ -87,6 +90,10 @@ class Journeys:
     def stage(self, step: int) -> Tensor:
         """The step of the grid that each row is at: int64 [B]."""
         return (torch.arange(len(self.x), device=self.x.device) // self.block + step) % self.grid
+
+    def last(self, step: int) -> slice:
+        """The rows that are at the last step of the grid."""
+        return self._part((self.grid - 1 - step) % self.grid)
 
     def sigma(self, step: int) -> Tensor:
         """The noise level of each row: float32 [B]."""

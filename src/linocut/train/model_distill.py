@@ -30,6 +30,7 @@ from linocut.pipeline.sampler import sigmas
 from linocut.quantize.stream import quantize_folder
 from linocut.train.autoencoder import save_grid
 from linocut.train.calibrate import Batch, calibrate
+from linocut.train.critic import make_critic
 from linocut.train.journeys import Journeys
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.model_parts import TOKEN_SIDE, Drawer, Parts, load_parts, random_parts
@@ -105,7 +106,8 @@ class Learner:
                 settings, ranks, Drawer(self.parts.student, (1, 1), self.parts.text_length, ranks.device),
                 self.parts.student, self.average, self.optimizers, self.snapshot, self.schedule,
                 Objective(settings.loss, settings.contrast, self.recipe.path.grid, ranks), self.log, self.sharded,
-                self.sheet if self.folder is not None else None, self.saved)
+                self.sheet if self.folder is not None else None,
+                make_critic(settings.critic, self.parts.config, ranks, self.saved), self.saved)
             if self.settings.sheet_every and self.folder is not None and not self.saved:
                 self._draw(self.parts.teacher, self.parts.teacher_encoder, "teacher")
             distillation.run(self.batches(distillation))

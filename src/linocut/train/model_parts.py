@@ -56,6 +56,12 @@ class Drawer:
         v: Tensor = self.transformer(latents.to(dtype), text.to(dtype), sigma, self.image_ids, self.text_ids)
         return v.float()
 
+    def features(self, latents: Tensor, text: Tensor, sigma: Tensor) -> list[Tensor]:
+        """The image tokens [B, I, width] that leave each block."""
+        dtype, taps = _dtype_of(self.transformer), list[Tensor]()
+        self.transformer(latents.to(dtype), text.to(dtype), sigma, self.image_ids, self.text_ids, taps=taps)
+        return taps
+
     def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
         """Euler's steps from x at levels[0] to levels[-1]."""
         return euler(self.velocity, x, text, levels)

@@ -39,14 +39,16 @@ class Objective:
         plain = squares.detach().flatten(1).mean(1)
         self.errors = torch.zeros_like(self.errors).index_add_(0, stage, plain) / (len(stage) / self.grid)
         errors = (squares if self.channels is None else squares * self.channels).flatten(1).mean(1)
-        weight = weights[stage]
         if self.loss == "normalized":
             self._measure(target, x, sigma, stage)
-            weight = weight / self.variance[stage]
-        loss = (errors * weight).mean()
+        loss = (errors * self.counts(weights)[stage]).mean()
         if self.contrast:
             loss = loss + self.contrast * self._contrast(v, target, stage)
         return loss
+
+    def counts(self, weights: Tensor) -> Tensor:
+        """What a squared error counts at each step of the grid [K]."""
+        return weights / self.variance if self.loss == "normalized" else weights
 
     @torch.no_grad()
     def _measure(self, target: Tensor, x: Tensor, sigma: Tensor, stage: Tensor) -> None:

@@ -52,6 +52,12 @@ class Painter(nn.Module):
         """Velocity, float32 [B, I, 4C]."""
         return self.transformer(latents, text, sigma, self.image_ids, self.text_ids).float()
 
+    def features(self, latents: Tensor, text: Tensor, sigma: Tensor) -> list[Tensor]:
+        """The image tokens [B, I, width] that leave each block."""
+        taps: list[Tensor] = []
+        self.transformer(latents, text, sigma, self.image_ids, self.text_ids, taps=taps)
+        return taps
+
     def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
         """Euler's steps from x at levels[0] to levels[-1]."""
         return euler(self.velocity, x, text, levels)

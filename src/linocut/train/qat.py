@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linocut.models.convert import set_eps
+from linocut.train.critic import Critic
 from linocut.train.endgame import freeze_codes, keep_codes
 from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
@@ -22,7 +23,9 @@ from linocut.train.monitor import Monitor, plot
 from linocut.train.objective import Objective
 from linocut.train.optimize import Average, set_rate
 from linocut.train.recipe import QatSettings
-from linocut.train.snapshot import Snapshot
+from linocut.train.snapshot import Snapshot, part_of
+
+_CRITIC_FROM = 0.4  # of the schedule: when a student draws well enough for its last steps to be compared
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Distillation:
     log: Path
     sharded: bool = False
     sheet: Callable[[int], None] | None = None
+    critic: Critic | None = None
     saved: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, batches: Sequence[Journeys]) -> None:
@@ -79,13 +83,16 @@ class Distillation:
                 seen = self.objective.sensitivity
                 monitor.look(step=step, seconds=round(time.monotonic() - ranks.began, 1), rate=schedule.rate,
                              loss=float(loss), errors=errors.tolist(), gradient=_number(norm), frozen=frozen,
-                             sensitivity=None if seen is None else float(seen))
+                             sensitivity=None if seen is None else float(seen),
+                             margin=None if self.critic is None else float(self.critic.margin))
             if settings.sheet_every and step and step % settings.sheet_every == 0 and self.sheet is not None:
                 set_eps(self.transformer, 0.0)  # until the next step
                 with self.average.installed():
                     self.sheet(step)
             if schedule.saves:
                 own = {"frozen": torch.tensor(frozen), "mean": mean, "variance": self.objective.variance}
+                if self.critic is not None:
+                    own |= {f"critic.{name}": value for name, value in self.critic.saved().items()}
                 for index, batch in enumerate(batches):
                     own |= {f"batch.{index}.{name}": value for name, value in batch.saved().items()}
                 self.snapshot.save(step + 1, own)
@@ -97,8 +104,7 @@ class Distillation:
 
     def saved_batch(self, index: int) -> dict[str, Tensor]:
         """What a batch left when the state was saved, empty at a fresh start."""
-        prefix = f"batch.{index}."
-        return {name.removeprefix(prefix): value for name, value in self.saved.items() if name.startswith(prefix)}
+        return part_of(self.saved, f"batch.{index}.")
 
     def _learn(self, step: int, batches: Sequence[Journeys]) -> tuple[Tensor, Tensor]:
         """Gradients of one update. Returns the loss and the errors by step of the grid [K], both means over batches."""
@@ -112,9 +118,14 @@ class Distillation:
             with autocast(self.ranks.device):
                 v = (batch.student or self.student).velocity(batch.x, batch.student_text, sigma)
             loss = self.objective(v, target, batch.x, sigma, stage, batch.weight)
+            losses.append(loss.detach())
+            if self.critic is not None and progress >= _CRITIC_FROM:
+                rows = batch.last(own)
+                counts = self.objective.counts(batch.weight)[-1] / batch.grid
+                loss = loss + self.critic(batch.teacher, v[rows], target[rows], batch.x[rows], sigma[rows],
+                                          batch.teacher_text[rows], counts)
             (loss / settings.accumulate if settings.accumulate > 1 else loss).backward()
             batch.move(own, v.detach(), target)
-            losses.append(loss.detach())
             errors.append(self.objective.errors)
         return torch.stack(losses).mean(), torch.stack(errors).mean(0)
 

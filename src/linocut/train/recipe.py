@@ -111,7 +111,8 @@ class QatSettings(StageSettings):
     average has them, and scales and dense tensors learn on. Gradients of `accumulate` batches make one update. Every
     `sheet_every` steps (0 for never) the averaged student draws the held-out prompts. `muon` orthogonalizes the updates
     of block matrices; `dense_lr` (0: the same as `lr`) is the learning rate of all other tensors. A share `pixels` of
-    what a latent channel counts goes by how much it shows in the picture (`visibility`)."""
+    what a latent channel counts goes by how much it shows in the picture (`visibility`). With `critic` the last steps
+    also learn to pass for the teacher's, moved that much as strongly as by their squared errors (`critic`)."""
 
     scenes: int = 100_000
     calibrate: int = 0
@@ -126,13 +127,14 @@ class QatSettings(StageSettings):
     muon: bool = False
     dense_lr: float = 0.0
     pixels: float = 0.0
+    critic: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UsageError(f"unknown loss {self.loss!r}; choose from {', '.join(LOSSES)}")
-        if not 0 <= self.freeze < 1 or self.accumulate < 1 or self.contrast < 0:
-            raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1 and contrast >= 0; found {self.freeze}, "
-                             f"{self.accumulate} and {self.contrast}")
+        if not 0 <= self.freeze < 1 or self.accumulate < 1 or min(self.contrast, self.critic) < 0:
+            raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1, contrast >= 0 and critic >= 0; found "
+                             f"{self.freeze}, {self.accumulate}, {self.contrast} and {self.critic}")
         _check_share("pixels", self.pixels)
 
 

@@ -42,6 +42,11 @@ def to_json(value: Any) -> Tensor:
     return torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
 
 
+def part_of(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What was saved under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+
+
 class Snapshot:
     """The saved state of a stage. `sharded`: parameters are dealt out among the processes (FSDP2)."""
 

@@ -1,0 +1,104 @@
+"""Students' last steps made as sharp as the teacher's: a critic that tells the pictures of both apart.
+
+A student that cannot hold all that the teacher knows, and learns by squared errors, draws the mean of what it cannot
+tell apart: a blur. The critic learns to tell its finished latents from those that the teacher gets to from the same
+state, and the student learns to leave it no reason. As in latent adversarial diffusion distillation (Sauer et al. 2024)
+the critic sees both through the frozen teacher: with noise added, by the tokens that leave each of its blocks, which
+have read the prompt. Only small heads on these tokens learn, with the hinge loss.
+
+Shape letters: B pictures, I image tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from linocut.models.configs import Flux2Config
+from linocut.train.journeys import Network
+from linocut.train.loop import Ranks, autocast
+from linocut.train.snapshot import part_of
+
+_HIDDEN = 128
+_NOISE = (0.05, 0.8)  # of what the teacher is shown: from small parts to layout
+_RATE = 5e-4
+
+
+class Critic:
+    """A head for each of the teacher's `blocks`, `width` wide, and their optimizer. `share`: how strongly a student is
+    moved, as a part of how strongly its squared error moves it."""
+
+    def __init__(self, blocks: int, width: int, share: float, ranks: Ranks,
+                 saved: Mapping[str, Tensor] | None = None) -> None:
+        self.share, self.ranks = share, ranks
+        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _HIDDEN), nn.SiLU(),
+                                                 nn.Linear(_HIDDEN, 1)) for _ in range(blocks)).to(ranks.device)
+        self.optimizer = torch.optim.AdamW(self.heads.parameters(), _RATE, betas=(0.5, 0.99), weight_decay=0.01)
+        self.margin = torch.zeros((), device=ranks.device)  # by how much the last batch's real ones were above the rest
+        ranks.share(self.heads)
+        if saved:
+            self._restore(saved)
+
+    def __call__(self, teacher: Network, v: Tensor, target: Tensor, x: Tensor, sigma: Tensor, text: Tensor,
+                 weight: Tensor) -> Tensor:
+        """A loss for the velocities v [B, I, C] of last steps, whose value means nothing and whose gradient does.
+
+        `target`: the teacher's velocities at the same states x and noise levels sigma [B], `text` what it reads,
+        `weight` what the mean squared error of these rows counts in the student's loss. The heads learn on the way.
+        """
+        length = sigma[:, None, None]
+        wanted = x - length * target
+        drawn = (x - length * v).detach().requires_grad_(True)
+        low, high = _NOISE
+        level = low + (high - low) * torch.rand(len(x), device=x.device)
+        noise = torch.randn_like(x)
+        tokens = self._tokens(teacher, drawn, text, level, noise)
+        (push,) = torch.autograd.grad(-self._score(tokens).mean(), drawn)
+        push = -length * push  # to the velocity
+        usual = 2 * weight * (v - target).detach() / v.numel()
+        push = push * (self.share * usual.norm() / push.norm().clamp_min(1e-12))
+        with torch.no_grad():
+            real = self._tokens(teacher, wanted, text, level, noise)
+        self._learn(real, [token.detach() for token in tokens])
+        return (push * v).sum()
+
+    @staticmethod
+    def _tokens(teacher: Network, z: Tensor, text: Tensor, level: Tensor, noise: Tensor) -> list[Tensor]:
+        with autocast(z.device):
+            return teacher.features(z + level[:, None, None] * (noise - z), text, level)
+
+    def _score(self, tokens: list[Tensor]) -> Tensor:
+        """What every head says of every token: [B, I, blocks]."""
+        return torch.cat([head(token.float()) for head, token in zip(self.heads, tokens, strict=True)], dim=-1)
+
+    def _learn(self, real: list[Tensor], drawn: list[Tensor]) -> None:
+        good, bad = self._score(real), self._score(drawn)
+        self.optimizer.zero_grad(set_to_none=True)
+        (relu(1 - good).mean() + relu(1 + bad).mean()).backward()
+        self.ranks.average(p.grad for p in self.heads.parameters())
+        self.optimizer.step()
+        self.margin = (good.mean() - bad.mean()).detach()
+
+    def saved(self) -> dict[str, Tensor]:
+        """All that is needed to go on."""
+        state = dict(self.heads.state_dict())
+        for number, parameter in enumerate(self.heads.parameters()):
+            state |= {f"optimizer.{number}.{name}": value for name, value in self.optimizer.state[parameter].items()}
+        return state
+
+    def _restore(self, saved: Mapping[str, Tensor]) -> None:
+        self.heads.load_state_dict({name: value for name, value in saved.items() if not name.startswith("optimizer.")})
+        for number, parameter in enumerate(self.heads.parameters()):
+            self.optimizer.state[parameter] = {
+                name: value if name == "step" else value.to(parameter.device)
+                for name, value in part_of(saved, f"optimizer.{number}.").items()}
+
+
+def make_critic(share: float, config: Flux2Config, ranks: Ranks, saved: Mapping[str, Tensor]) -> Critic | None:
+    """A critic by a teacher of this shape, going on from what was `saved`; none without a share."""
+    if not share:
+        return None
+    return Critic(config.num_layers + config.num_single_layers, config.width, share, ranks, part_of(saved, "critic."))

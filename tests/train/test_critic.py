@@ -1,0 +1,75 @@
+"""The critic: what it tells apart, and which way it moves a student."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from linocut.train.critic import Critic
+from linocut.train.loop import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+COUNTS = torch.tensor(0.25)
+
+
+class Plain:
+    """A teacher whose two blocks hand on what they get, beside a constant to measure it by."""
+
+    def features(self, latents: Tensor, text: Tensor, sigma: Tensor) -> list[Tensor]:
+        return [torch.cat([latents, torch.full_like(latents[..., :1], constant)], dim=-1) for constant in (1.0, 3.0)]
+
+
+def states(rows: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, noise levels, text features, and finished latents of values -1 and 1."""
+    x, finished = torch.randn(rows, 6, 4), torch.randn(rows, 6, 4).sign()
+    return x, torch.full((rows,), 0.7), torch.zeros(rows, 3, 5), finished
+
+
+def velocity(x: Tensor, sigma: Tensor, finished: Tensor) -> Tensor:
+    return (x - finished) / sigma[:, None, None]
+
+
+def test_a_student_moves_as_strongly_as_the_share_says():
+    torch.manual_seed(0)
+    critic = Critic(2, 5, 0.5, ALONE)
+    x, sigma, text, finished = states()
+    target = velocity(x, sigma, finished)
+    v = (target + 0.1 * torch.randn_like(target)).requires_grad_(True)
+    (usual,) = torch.autograd.grad(COUNTS * (v - target).square().mean(), v)
+    (push,) = torch.autograd.grad(critic(Plain(), v, target, x, sigma, text, COUNTS), v)
+    assert push.norm().item() == pytest.approx(0.5 * usual.norm().item(), rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(push.flatten(), usual.flatten(), dim=0) < 0.9  # another direction
+
+
+def test_what_is_pale_becomes_as_strong_as_the_teachers():
+    torch.manual_seed(0)
+    critic = Critic(2, 5, 1.0, ALONE)
+    strength = torch.tensor(0.3, requires_grad=True)  # the student draws all as the teacher does, but pale
+    optimizer = torch.optim.SGD([strength], 5.0)
+    margins = []
+    for _ in range(300):
+        x, sigma, text, finished = states()
+        v, target = velocity(x, sigma, strength * finished), velocity(x, sigma, finished)
+        optimizer.zero_grad()
+        critic(Plain(), v, target, x, sigma, text, COUNTS).backward()
+        optimizer.step()
+        margins.append(float(critic.margin))
+    assert 0.7 < strength.item() < 1.4
+    assert max(margins) > 0.05  # it did see the difference
+
+
+def test_a_critic_goes_on_where_it_was():
+    torch.manual_seed(0)
+    x, sigma, text, finished = states()
+    target = velocity(x, sigma, finished)
+    v = (target + torch.randn_like(target)).requires_grad_(True)
+    first = Critic(2, 5, 0.5, ALONE)
+    for _ in range(3):
+        first(Plain(), v, target, x, sigma, text, COUNTS)
+    again = Critic(2, 5, 0.5, ALONE, {name: value.clone() for name, value in first.saved().items()})
+    for critic in (first, again):
+        torch.manual_seed(1)
+        critic(Plain(), v, target, x, sigma, text, COUNTS)
+    assert first.saved().keys() == again.saved().keys()
+    assert all(torch.equal(value, again.saved()[name]) for name, value in first.saved().items())
+    fresh = Critic(2, 5, 0.5, ALONE, Critic(2, 5, 0.5, ALONE).saved())  # saved before its first batch
+    fresh(Plain(), v, target, x, sigma, text, COUNTS)
