@@ -69,6 +69,23 @@ def test_no_serious_finding(open_studio, size, colours):
     assert serious(page) == []
 
 
+@pytest.mark.parametrize("prompt", ["two red apples and a blue cup, " * 5, "rainbow" * 15], ids=["words", "one word"])
+def test_a_long_prompt_does_not_widen_a_phone(open_studio, prompt):
+    page = open_studio("phone")
+    page.locator("textarea#prompt").fill(prompt)
+    page.locator("textarea#prompt").press("Control+Enter")
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    assert too_wide(page) == []
+    page.get_by_role("button", name="Look at this picture").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert too_wide(page) == []
+    page.keyboard.press("Escape")
+    for screen in ("create", "gallery"):
+        page.evaluate("screen => location.hash = '/' + screen", screen)
+        expect(page.locator("h1")).to_have_count(1)
+        assert too_wide(page) == [], screen
+
+
 def test_every_control_has_a_name_and_can_be_reached(open_studio):
     page = open_studio()
     expect(page.get_by_role("radio", name="embedded-binary")).to_be_attached()
