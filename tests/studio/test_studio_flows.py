@@ -298,21 +298,33 @@ def test_a_blind_vote_is_exported(open_studio, tmp_path):
     assert {rows[0]["left"], rows[0]["right"]} == {"embedded", "embedded-binary"}
 
 
-def test_prompts_typed_before_the_models_come_stay(open_studio):
+@pytest.mark.parametrize(("screen", "vote", "field"), [
+    ("create", False, "What to draw"), ("compare", False, "What both draw"), ("compare", True, "Prompts, one a line")])
+@pytest.mark.parametrize("typed_before", [True, False])
+def test_examples_that_come_late_leave_the_field_to_who_writes(open_studio, screen, vote, field, typed_before):
     page = open_studio(path="/#/gallery", service_workers="block")
+    waiting, released = [], []
 
-    def late(route):
-        time.sleep(1.5)
-        route.continue_()
+    def hold(request):
+        request.continue_() if released else waiting.append(request)
 
-    page.route("**/api/models*", late)
-    page.goto(page.url.replace("gallery", "compare"))
+    page.route("**/api/models*", hold)
+    page.goto(page.url.replace("gallery", screen))
     page.reload()
-    page.get_by_role("button", name="Blind vote").click()
-    prompts = page.get_by_label("Prompts, one a line")
-    prompts.fill("a purple backpack")
-    expect(page.get_by_role("button", name="Draw 1 pair")).to_be_enabled()
-    expect(prompts).to_have_value("a purple backpack")
+    if vote:
+        page.get_by_role("button", name="Blind vote").click()
+    text = page.get_by_role("textbox", name=field)
+    text.focus()
+    if typed_before:
+        page.keyboard.type(PROMPT)
+    released.append(True)
+    with page.expect_response("**/api/models*"):
+        for request in waiting:
+            request.continue_()
+    page.wait_for_timeout(300)
+    if not typed_before:
+        page.keyboard.type(PROMPT)
+    expect(text).to_have_value(PROMPT)
 
 
 def test_the_machine_says_what_it_does(open_studio):
