@@ -153,7 +153,8 @@ def test_the_size_can_be_free(open_studio):
     expect(page.get_by_text("192 × 256 takes up to")).to_be_visible()
     draw(page, "a green frog on a white background")
     picture = page.get_by_alt_text("a green frog on a white background")
-    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [192, 256]
+    expect(picture).to_have_js_property("naturalWidth", 192)
+    expect(picture).to_have_js_property("naturalHeight", 256)
 
 
 def test_the_gallery(open_studio, tmp_path):
@@ -271,7 +272,7 @@ def test_two_models_under_a_slider(open_studio):
     assert left.get_attribute("src") != right.get_attribute("src")
     line.press("End")
     expect(line).to_have_value("100")
-    assert left.evaluate("image => getComputedStyle(image).clipPath") == "inset(0px 0% 0px 0px)"
+    expect(left).to_have_css("clip-path", "inset(0px 0% 0px 0px)")
 
 
 def test_a_blind_vote_is_exported(open_studio, tmp_path):
