@@ -11,6 +11,7 @@ import torch
 from tiny_recipe import ROOT, write_recipe, write_sprites
 
 from linocut.errors import UsageError
+from linocut.train.dataset import edges
 from linocut.train.recipe import Recipe
 from linocut.train.stages import run_stage
 from linocut.train.study import REPORT, Study, run_arm, table
@@ -54,6 +55,13 @@ def test_a_study_that_makes_no_sense_is_refused(trained, tmp_path, text, found):
         Study.from_file(tmp_path / "study.toml")
 
 
+def test_edges_tell_a_blur():
+    picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert edges(picture) == pytest.approx(2 / 3, rel=0.05)  # the mean distance of two random numbers, across and down
+    assert edges(torch.nn.functional.avg_pool2d(picture, 3, stride=1)) < 0.4 * edges(picture)
+    assert edges(torch.ones(1, 3, 4, 4)) == 0
+
+
 def test_the_command_runs_every_arm_once(trained):
     command = [sys.executable, "-m", "linocut.train.study", str(trained / "study.toml"), "--run", str(trained / "run"),
                "--out", str(trained / "out"), "--encoding", "ternary", "--device", "cpu", "--devices", "2"]
@@ -66,6 +74,7 @@ def test_the_command_runs_every_arm_once(trained):
         assert len(report["errors"]) == 2
         assert min(report["errors"]) > 0
         assert report["picture"] > 0
+        assert 0.2 < report["edges_default"] < 5
     times = {path: path.stat().st_mtime_ns for path in reports.values()}
     assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == first
     assert {path: path.stat().st_mtime_ns for path in reports.values()} == times

@@ -138,6 +138,11 @@ def scene_images(recipe: Recipe, renderer: SceneRenderer, seed: int, count: int)
     return renderer.draw(renderer.table(part.placements), renderer.looks(part.scenes))
 
 
+def edges(image: Tensor) -> float:
+    """Mean difference between neighbouring pixels of images [B, 3, H, W]: what a blur takes away."""
+    return float(image.diff(dim=-1).abs().mean() + image.diff(dim=-2).abs().mean())
+
+
 def psnr(image: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, averaged over pictures [B, 3, H, W] in [-1, 1] (peak 2)."""
     error = (image.clamp(-1, 1) - reference).square().flatten(1).mean(1)

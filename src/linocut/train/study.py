@@ -91,12 +91,14 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     `errors`: mean squared error of the velocity by step of the grid, on the teacher's path. `picture`: squared error of
     the final latents on the student's own path over the variance of the teacher's. `psnr` in dB, of decoded pictures.
     `psnr_default`: the same where both draw in the recipe's default number of steps, as the exported model will.
+    `edges`, `edges_default`: the student's contrast between neighbouring pixels over the teacher's; below 1 lies
+    a blur, which PSNR likes.
     """
     import torch
 
     from linocut.pipeline.sampler import sigmas
     from linocut.train.autoencoder import load_vae
-    from linocut.train.dataset import Captions, make_tokenizer, psnr
+    from linocut.train.dataset import Captions, edges, make_tokenizer, psnr
     from linocut.train.export import quantized
     from linocut.train.loop import autocast
     from linocut.train.painter import Painter, grid_levels
@@ -112,12 +114,14 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     texts = [prompt["prompt"] for prompt in sample_prompts("dev", count)]
     captions = Captions.build(make_tokenizer(recipe, folder / "tokenizer"), texts, device)
     levels, noise = grid_levels(recipe), held_out_noise(recipe, count, device)
-    errors, wrong, energy, likeness = [0.0] * recipe.path.grid, 0.0, 0.0, [0.0, 0.0]
+    errors, wrong, energy, found = [0.0] * recipe.path.grid, 0.0, 0.0, dict[str, float]()
     finer = sigmas(recipe.tokens[0] * recipe.tokens[1], recipe.default_steps or recipe.path.grid).tolist()
 
-    def psnr_of(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-        drawn, wanted = (vae.image_from_latents(z.transpose(1, 2).unflatten(2, recipe.tokens)) for z in (ours, theirs))
-        return psnr(drawn, wanted.clamp(-1, 1)) * len(ours) / count
+    def compare(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        drawn, wanted = (vae.image_from_latents(z.transpose(1, 2).unflatten(2, recipe.tokens)).clamp(-1, 1)
+                         for z in (ours, theirs))
+        for key, value in ((f"psnr{name}", psnr(drawn, wanted)), (f"edges{name}", edges(drawn) / edges(wanted))):
+            found[key] = found.get(key, 0.0) + value * len(ours) / count
 
     with torch.no_grad():
         for rows in torch.arange(count, device=device).split(64):
@@ -133,9 +137,9 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
                 x = onward
             drawn = student.walk(noise[rows], own, levels)
             wrong, energy = wrong + float((drawn - x).square().sum()), energy + float((x - x.mean()).square().sum())
-            likeness[0] += psnr_of(drawn, x)
-            likeness[1] += psnr_of(student.walk(noise[rows], own, finer), teacher.walk(noise[rows], text, finer))
-    return {"errors": errors, "picture": wrong / energy, "psnr": likeness[0], "psnr_default": likeness[1]}
+            compare("", drawn, x)
+            compare("_default", student.walk(noise[rows], own, finer), teacher.walk(noise[rows], text, finer))
+    return {"errors": errors, "picture": wrong / energy, **found}
 
 
 def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> None:
@@ -163,8 +167,9 @@ def table(out: Path, names: list[str]) -> str:
     found = [(arm, encoding, json.loads((out / arm / REPORT.format(encoding)).read_text()))
              for arm in names for encoding in ENCODINGS if (out / arm / REPORT.format(encoding)).is_file()]
     found.sort(key=lambda row: (ENCODINGS.index(row[1]), -row[2]["psnr_default"]))
-    lines = [f"{'arm':16} {'encoding':8} {'PSNR':>6} {'(grid)':>6} {'picture':>8}  error by step"]
-    lines += [f"{arm:16} {encoding:8} {report['psnr_default']:6.2f} {report['psnr']:6.2f} {report['picture']:8.4f}  "
+    lines = [f"{'arm':16} {'encoding':8} {'PSNR':>6} {'(grid)':>6} {'edges':>6} {'picture':>8}  error by step"]
+    lines += [f"{arm:16} {encoding:8} {report['psnr_default']:6.2f} {report['psnr']:6.2f} "
+              f"{report['edges_default']:6.3f} {report['picture']:8.4f}  "
               + " ".join(f"{error:.4f}" for error in report["errors"]) for arm, encoding, report in found]
     return "\n".join(lines)
 
