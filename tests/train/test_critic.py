@@ -35,7 +35,7 @@ def test_a_student_moves_as_strongly_as_the_share_says():
     target = velocity(x, sigma, finished)
     v = (target + 0.1 * torch.randn_like(target)).requires_grad_(True)
     (usual,) = torch.autograd.grad(COUNTS * (v - target).square().mean(), v)
-    (push,) = torch.autograd.grad(critic(Plain(), v, target, x, sigma, text, COUNTS), v)
+    (push,) = torch.autograd.grad(critic(Plain(), v, target, x, sigma, text, COUNTS, 1.0), v)
     assert push.norm().item() == pytest.approx(0.5 * usual.norm().item(), rel=1e-4)
     assert torch.nn.functional.cosine_similarity(push.flatten(), usual.flatten(), dim=0) < 0.9  # another direction
 
@@ -50,7 +50,7 @@ def test_what_is_pale_becomes_as_strong_as_the_teachers():
         x, sigma, text, finished = states()
         v, target = velocity(x, sigma, strength * finished), velocity(x, sigma, finished)
         optimizer.zero_grad()
-        critic(Plain(), v, target, x, sigma, text, COUNTS).backward()
+        critic(Plain(), v, target, x, sigma, text, COUNTS, 1.0).backward()
         optimizer.step()
         margins.append(float(critic.margin))
     assert 0.7 < strength.item() < 1.4
@@ -64,12 +64,12 @@ def test_a_critic_goes_on_where_it_was():
     v = (target + torch.randn_like(target)).requires_grad_(True)
     first = Critic(2, 5, 0.5, ALONE)
     for _ in range(3):
-        first(Plain(), v, target, x, sigma, text, COUNTS)
+        first(Plain(), v, target, x, sigma, text, COUNTS, 1.0)
     again = Critic(2, 5, 0.5, ALONE, {name: value.clone() for name, value in first.saved().items()})
     for critic in (first, again):
         torch.manual_seed(1)
-        critic(Plain(), v, target, x, sigma, text, COUNTS)
+        critic(Plain(), v, target, x, sigma, text, COUNTS, 1.0)
     assert first.saved().keys() == again.saved().keys()
     assert all(torch.equal(value, again.saved()[name]) for name, value in first.saved().items())
     fresh = Critic(2, 5, 0.5, ALONE, Critic(2, 5, 0.5, ALONE).saved())  # saved before its first batch
-    fresh(Plain(), v, target, x, sigma, text, COUNTS)
+    fresh(Plain(), v, target, x, sigma, text, COUNTS, 1.0)

@@ -145,28 +145,32 @@ def torchrun(arguments: list[str], world: int, kill_at: int = 0) -> list[int]:
     return codes
 
 
-def arguments(out: Path) -> list[str]:
-    return ["train", str(KLEIN), "--out", str(out), "--stage", "ternary", "--rehearse", "--device", "cpu"]
+def arguments(out: Path, recipe: Path = KLEIN) -> list[str]:
+    return ["train", str(recipe), "--out", str(out), "--stage", "ternary", "--rehearse", "--device", "cpu"]
 
 
 @pytest.mark.slow
 def test_two_processes_share_one_student_and_survive_kills(tmp_path):
     """FSDP2 over gloo: both hold half; killed with SIGKILL they go on to the very same weights."""
-    torchrun(arguments(tmp_path / "a"), 2)
+    text = KLEIN.read_text().replace("contrast = 0.25", "contrast = 0.25\ncritic = 0.5")
+    (tmp_path / "critic.toml").write_text(text.replace("embedded/", f"{ROOT}/recipes/embedded/"))
+    a, b = (arguments(tmp_path / name, tmp_path / "critic.toml") for name in "ab")
+    torchrun(a, 2)
     state = tmp_path / "b" / "ternary" / "state"
-    assert -signal.SIGKILL in torchrun(arguments(tmp_path / "b"), 2, kill_at=6)
+    assert -signal.SIGKILL in torchrun(b, 2, kill_at=6)
     facts = json.loads((state / "current.json").read_text())
     assert (facts["sharded"], facts["world"], facts["step"]) == (True, 2, 4)
     sizes = []
     for rank in range(2):
         with Checkpoint.open(state / facts["folder"] / f"rank.{rank}.safetensors") as part:
             sizes.append(sum(part.info(name).count for name in part.names if name.startswith("weight.")))
+            assert any(name.startswith("own.critic.") for name in part.names)
     with Checkpoint.open(tmp_path / "a" / "ternary" / WEIGHTS) as whole:
         assert sum(sizes) == sum(whole.info(name).count for name in whole.names)
     assert max(sizes) < 0.6 * sum(sizes)
     assert not (tmp_path / "b" / "ternary" / WEIGHTS).exists()
-    assert -signal.SIGKILL in torchrun(arguments(tmp_path / "b"), 2, kill_at=4)  # now in the endgame
-    torchrun(arguments(tmp_path / "b"), 2)
+    assert -signal.SIGKILL in torchrun(b, 2, kill_at=4)  # now in the endgame
+    torchrun(b, 2)
     straight, again = weights(tmp_path / "a" / "ternary"), weights(tmp_path / "b" / "ternary")
     assert all(np.array_equal(straight[name], again[name]) for name in straight)
 

@@ -23,13 +23,15 @@ from linocut.train.loop import Ranks, autocast
 from linocut.train.snapshot import part_of
 
 _HIDDEN = 128
+_RAMP = (0.3, 0.5)  # of the schedule, over which a student comes to be moved as strongly as the share says
+_SELDOM = 8  # before that, every so many steps the heads learn alone; what a GPU compiles for them is ready then
 _NOISE = (0.05, 0.8)  # of what the teacher is shown: from small parts to layout
 _RATE = 5e-4
 
 
 class Critic:
     """A head for each of the teacher's `blocks`, `width` wide, and their optimizer. `share`: how strongly a student is
-    moved, as a part of how strongly its squared error moves it."""
+    moved, as a part of how strongly the squared errors of its last steps move it."""
 
     def __init__(self, blocks: int, width: int, share: float, ranks: Ranks,
                  saved: Mapping[str, Tensor] | None = None) -> None:
@@ -37,17 +39,22 @@ class Critic:
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _HIDDEN), nn.SiLU(),
                                                  nn.Linear(_HIDDEN, 1)) for _ in range(blocks)).to(ranks.device)
         self.optimizer = torch.optim.AdamW(self.heads.parameters(), _RATE, betas=(0.5, 0.99), weight_decay=0.01)
-        self.margin = torch.zeros((), device=ranks.device)  # by how much the last batch's real ones were above the rest
+        self.margin = torch.zeros((), device=ranks.device)  # of the teacher's over the student's
         ranks.share(self.heads)
         if saved:
             self._restore(saved)
 
+    def looks(self, step: int, progress: float) -> bool:
+        """Whether this step is one that the critic takes part in."""
+        return progress >= _RAMP[0] or step % _SELDOM == 0
+
     def __call__(self, teacher: Network, v: Tensor, target: Tensor, x: Tensor, sigma: Tensor, text: Tensor,
-                 weight: Tensor) -> Tensor:
+                 weight: Tensor, progress: float) -> Tensor:
         """A loss for the velocities v [B, I, C] of last steps, whose value means nothing and whose gradient does.
 
         `target`: the teacher's velocities at the same states x and noise levels sigma [B], `text` what it reads,
-        `weight` what the mean squared error of these rows counts in the student's loss. The heads learn on the way.
+        `weight` ([] or [C]) what the mean squared error of these rows counts in the student's loss, `progress` the part
+        of the schedule that is over. The heads learn on the way.
         """
         length = sigma[:, None, None]
         wanted = x - length * target
@@ -59,7 +66,9 @@ class Critic:
         (push,) = torch.autograd.grad(-self._score(tokens).mean(), drawn)
         push = -length * push  # to the velocity
         usual = 2 * weight * (v - target).detach() / v.numel()
-        push = push * (self.share * usual.norm() / push.norm().clamp_min(1e-12))
+        begin, full = _RAMP
+        share = self.share * min(1.0, max(0.0, (progress - begin) / (full - begin)))
+        push = push * (share * usual.norm() / push.norm().clamp_min(1e-12))
         with torch.no_grad():
             real = self._tokens(teacher, wanted, text, level, noise)
         self._learn(real, [token.detach() for token in tokens])
@@ -75,12 +84,15 @@ class Critic:
         return torch.cat([head(token.float()) for head, token in zip(self.heads, tokens, strict=True)], dim=-1)
 
     def _learn(self, real: list[Tensor], drawn: list[Tensor]) -> None:
-        good, bad = self._score(real), self._score(drawn)
         self.optimizer.zero_grad(set_to_none=True)
-        (relu(1 - good).mean() + relu(1 + bad).mean()).backward()
+        margins = []
+        for head, ours, theirs in zip(self.heads, drawn, real, strict=True):  # one by one, for the sake of memory
+            good, bad = head(theirs.float()), head(ours.float())
+            ((relu(1 - good).mean() + relu(1 + bad).mean()) / len(self.heads)).backward()
+            margins.append((good.mean() - bad.mean()).detach())
         self.ranks.average(p.grad for p in self.heads.parameters())
         self.optimizer.step()
-        self.margin = (good.mean() - bad.mean()).detach()
+        self.margin = torch.stack(margins).mean()
 
     def saved(self) -> dict[str, Tensor]:
         """All that is needed to go on."""

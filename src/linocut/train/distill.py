@@ -93,10 +93,10 @@ class CaptionReader:
             return self.teacher.read(ids, mask).float(), self.student.read(ids, mask).float()
 
 
-def _channels(recipe: Recipe, run: Path, teacher: Painter, captions: Captions, share: float) -> Tensor | None:
+def _channels(recipe: Recipe, run: Path, teacher: Painter, captions: Captions, share: float) -> Tensor | float:
     """Weights [4C] of the latents' channels, from pictures of the teacher; always the same for the same teacher."""
     if not share:
-        return None
+        return 1.0
     held_out = Captions.build(make_tokenizer(recipe, run / "tokenizer"), recipe.held_out[:PICTURES],
                               captions.ids.device)
     latents = held_out_latents(recipe, teacher, held_out)

@@ -44,3 +44,13 @@ def keep_codes(module: nn.Module) -> None:
         groups, signs = grad.view(len(grad), -1, GROUP_SIZE), sign.view(len(grad), -1, GROUP_SIZE)
         common = (groups * signs).sum(-1, keepdim=True) / signs.abs().sum(-1, keepdim=True).clamp_min(1)
         grad.copy_((common * signs).view_as(grad))
+
+
+@torch.no_grad()
+def hold_signs(module: nn.Module, average: Average) -> None:
+    """Put weights that a step carried to or past 0, which would turn their codes, back to where their average is."""
+    coded = {f"{name}.weight" for name in coded_layers(module)}
+    for (name, parameter), mean in zip(module.named_parameters(), average.shadow, strict=True):
+        if name in coded:
+            weight = local(parameter.data)
+            weight.copy_(torch.where((weight * mean <= 0) & (mean != 0), mean, weight))

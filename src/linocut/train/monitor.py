@@ -4,7 +4,7 @@ Of each look: `step`, `seconds`, `rate`, `loss`, `errors` by step of the sampler
 the quantized weights `flips` (share of codes that changed since the look before), `moved` (since the first look, where
 no cut came between), `zeros`, `dead` (share of groups without a kept weight), `scale` (mean, relative to the first
 look); `sensitivity` (how far another prompt moves the student's velocity, relative to how far it moves the teacher's)
-where prompts come in pairs.
+where prompts come in pairs; `margin` by which a critic, where there is one, tells teacher and student apart.
 """
 
 from __future__ import annotations

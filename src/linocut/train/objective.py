@@ -24,10 +24,10 @@ _MEMORY = 0.99  # of the running variance
 class Objective:
     """A loss that remembers how much prompts decide at each step of the grid, whose errors count by `weights` [K].
 
-    `channels` [C], mean 1, says how much an error in each channel counts (None: all the same).
+    `channels` [C], mean 1, says how much an error in each channel counts.
     """
 
-    def __init__(self, loss: str, contrast: float, grid: int, ranks: Ranks, channels: Tensor | None = None) -> None:
+    def __init__(self, loss: str, contrast: float, grid: int, ranks: Ranks, channels: Tensor | float = 1.0) -> None:
         self.loss, self.contrast, self.grid, self.ranks, self.channels = loss, contrast, grid, ranks, channels
         self.variance = torch.zeros(grid, device=ranks.device)
         self.errors = torch.zeros(grid, device=ranks.device)  # of the last batch, mean by step of the grid
@@ -38,7 +38,7 @@ class Objective:
         squares = (v - target).square()
         plain = squares.detach().flatten(1).mean(1)
         self.errors = torch.zeros_like(self.errors).index_add_(0, stage, plain) / (len(stage) / self.grid)
-        errors = (squares if self.channels is None else squares * self.channels).flatten(1).mean(1)
+        errors = (squares * self.channels).flatten(1).mean(1)
         if self.loss == "normalized":
             self._measure(target, x, sigma, stage)
         loss = (errors * self.counts(weights)[stage]).mean()
@@ -47,8 +47,12 @@ class Objective:
         return loss
 
     def counts(self, weights: Tensor) -> Tensor:
-        """What a squared error counts at each step of the grid [K]."""
+        """What the mean squared error of a row counts at each step of the grid [K]."""
         return weights / self.variance if self.loss == "normalized" else weights
+
+    def last_counts(self, weights: Tensor) -> Tensor:
+        """What the mean squared error of all rows at the last step counts in the loss, by channel: [C] or []."""
+        return self.counts(weights)[-1] / self.grid * self.channels
 
     @torch.no_grad()
     def _measure(self, target: Tensor, x: Tensor, sigma: Tensor, stage: Tensor) -> None:

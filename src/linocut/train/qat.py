@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from linocut.models.convert import set_eps
 from linocut.train.critic import Critic
-from linocut.train.endgame import freeze_codes, keep_codes
+from linocut.train.endgame import freeze_codes, hold_signs, keep_codes
 from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.monitor import Monitor, plot
@@ -24,8 +24,6 @@ from linocut.train.objective import Objective
 from linocut.train.optimize import Average, set_rate
 from linocut.train.recipe import QatSettings
 from linocut.train.snapshot import Snapshot, part_of
-
-_CRITIC_FROM = 0.4  # of the schedule: when a student draws well enough for its last steps to be compared
 
 
 @dataclass
@@ -76,6 +74,8 @@ class Distillation:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if frozen:
+                hold_signs(self.transformer, self.average)
             self.average.update()
             mean = errors if mean is None else torch.lerp(mean, errors, 0.05)
             schedule.log(lambda m=mean: "error by step " + " ".join(f"{e:.4f}" for e in m.tolist()))
@@ -119,11 +119,10 @@ class Distillation:
                 v = (batch.student or self.student).velocity(batch.x, batch.student_text, sigma)
             loss = self.objective(v, target, batch.x, sigma, stage, batch.weight)
             losses.append(loss.detach())
-            if self.critic is not None and progress >= _CRITIC_FROM:
+            if self.critic is not None and self.critic.looks(step, progress):
                 rows = batch.last(own)
-                counts = self.objective.counts(batch.weight)[-1] / batch.grid
                 loss = loss + self.critic(batch.teacher, v[rows], target[rows], batch.x[rows], sigma[rows],
-                                          batch.teacher_text[rows], counts)
+                                          batch.teacher_text[rows], self.objective.last_counts(batch.weight), progress)
             (loss / settings.accumulate if settings.accumulate > 1 else loss).backward()
             batch.move(own, v.detach(), target)
             errors.append(self.objective.errors)

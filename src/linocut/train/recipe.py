@@ -112,7 +112,7 @@ class QatSettings(StageSettings):
     `sheet_every` steps (0 for never) the averaged student draws the held-out prompts. `muon` orthogonalizes the updates
     of block matrices; `dense_lr` (0: the same as `lr`) is the learning rate of all other tensors. A share `pixels` of
     what a latent channel counts goes by how much it shows in the picture (`visibility`). With `critic` the last steps
-    also learn to pass for the teacher's, moved that much as strongly as by their squared errors (`critic`)."""
+    also learn to pass for the teacher's, moved that much as strongly as by their squared errors."""
 
     scenes: int = 100_000
     calibrate: int = 0
@@ -132,10 +132,11 @@ class QatSettings(StageSettings):
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UsageError(f"unknown loss {self.loss!r}; choose from {', '.join(LOSSES)}")
-        if not 0 <= self.freeze < 1 or self.accumulate < 1 or min(self.contrast, self.critic) < 0:
-            raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1, contrast >= 0 and critic >= 0; found "
-                             f"{self.freeze}, {self.accumulate}, {self.contrast} and {self.critic}")
+        if not 0 <= self.freeze < 1 or self.accumulate < 1 or self.contrast < 0:
+            raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1 and contrast >= 0; found {self.freeze}, "
+                             f"{self.accumulate} and {self.contrast}")
         _check_share("pixels", self.pixels)
+        _check_share("critic", self.critic)  # beyond 1 it could drive errors up for ever
 
 
 @dataclass(frozen=True)

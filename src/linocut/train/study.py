@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def table(out: Path, names: list[str]) -> str:
     found.sort(key=lambda row: (ENCODINGS.index(row[1]), -row[2]["psnr_default"]))
     lines = [f"{'arm':16} {'encoding':8} {'PSNR':>6} {'(grid)':>6} {'edges':>6} {'picture':>8}  error by step"]
     lines += [f"{arm:16} {encoding:8} {report['psnr_default']:6.2f} {report['psnr']:6.2f} "
-              f"{report['edges_default']:6.3f} {report['picture']:8.4f}  "
+              f"{report.get('edges_default', math.nan):6.3f} {report['picture']:8.4f}  "
               + " ".join(f"{error:.4f}" for error in report["errors"]) for arm, encoding, report in found]
     return "\n".join(lines)
 
