@@ -215,6 +215,7 @@ def test_what_is_deleted_is_found_again_restored_or_destroyed(open_studio):
         draw(page, prompt)
     page.goto(page.url.split("#")[0] + "#/gallery")
     page.get_by_role("searchbox").fill("purple")
+    expect(page.locator("button.tile:not([aria-label*=purple])")).to_have_count(0)  # else tiles move under the click
     car, boat = (page.get_by_role("button", name=f"a purple {thing}", exact=True) for thing in ("car", "boat"))
     car.click()
     page.keyboard.press("Delete")
