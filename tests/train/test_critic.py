@@ -28,14 +28,15 @@ def velocity(x: Tensor, sigma: Tensor, finished: Tensor) -> Tensor:
     return (x - finished) / sigma[:, None, None]
 
 
-def test_a_student_moves_as_strongly_as_the_share_says():
+@pytest.mark.parametrize("counts", [COUNTS, COUNTS * torch.tensor([3.7, 0.1, 0.1, 0.1])], ids=["even", "by channel"])
+def test_a_student_moves_as_strongly_as_the_share_says(counts):
     torch.manual_seed(0)
     critic = Critic(2, 5, 0.5, ALONE)
     x, sigma, text, finished = states()
     target = velocity(x, sigma, finished)
     v = (target + 0.1 * torch.randn_like(target)).requires_grad_(True)
-    (usual,) = torch.autograd.grad(COUNTS * (v - target).square().mean(), v)
-    (push,) = torch.autograd.grad(critic(Plain(), v, target, x, sigma, text, COUNTS, 1.0), v)
+    (usual,) = torch.autograd.grad((counts * (v - target).square()).mean(), v)
+    (push,) = torch.autograd.grad(critic(Plain(), v, target, x, sigma, text, counts, 1.0), v)
     assert push.norm().item() == pytest.approx(0.5 * usual.norm().item(), rel=1e-4)
     assert torch.nn.functional.cosine_similarity(push.flatten(), usual.flatten(), dim=0) < 0.9  # another direction
 
