@@ -14,6 +14,7 @@
 | dense    | the same in dense bfloat16                                                |   5 |
 | compiled | the same compiled, at 1024 px also with cuDNN's attention                 |  60 |
 | text     | the text encoder: packed, dense, compiled                                 |  25 |
+| decode   | the decoder: ours, and of torch's layers; a PNG file                      |  10 |
 | picture  | whole pictures, warm: ours, dense, compiled                               |  75 |
 | batch    | 1, 2 and 4 pictures of a call at 512 px                                   |  70 |
 | cold     | processes from the shell to a PNG, with empty caches and with full ones   | 200 |
@@ -50,9 +51,10 @@ from on_gpu.bench import Bench, alive, release
 from on_gpu.plot import plot
 
 SECTIONS = {"device": products.device, "parity": parity.parity, "tune": products.tune, "step": steps.step,
-            "dense": steps.dense, "compiled": steps.compiled, "text": pictures.text, "picture": pictures.picture,
-            "batch": pictures.batch, "cold": cold.cold, "products": products.products, "rows": products.row_kernels,
-            "profile": steps.profile, "embedded": pictures.embedded, "gemlite": gemlite.gemlite}
+            "dense": steps.dense, "compiled": steps.compiled, "text": pictures.text, "decode": pictures.decode,
+            "picture": pictures.picture, "batch": pictures.batch, "cold": cold.cold, "products": products.products,
+            "rows": products.row_kernels, "profile": steps.profile, "embedded": pictures.embedded,
+            "gemlite": gemlite.gemlite}
 
 
 def main() -> int:

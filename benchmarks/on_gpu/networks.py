@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linocut.cli.bench.baselines import plain
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.models.flux2 import Flux2Blocks
 from linocut.models.linear import PackedEmbedding, PackedLinear, StoredLinear
@@ -55,8 +56,8 @@ def dense_text_encoder(config: Qwen3Config, taps: tuple[int, ...]) -> Qwen3Encod
     return _dense(_meta(Qwen3Encoder, config, taps))
 
 
-def decoder(config: AutoencoderConfig) -> PictureDecoder:
-    """The decoder as the pipeline has it on a GPU, with random weights."""
+def decoder(config: AutoencoderConfig, of_torch: bool = False) -> PictureDecoder:
+    """The decoder as the pipeline has it on a GPU, with random weights; or of torch's own layers, channels last."""
     network: Any = _meta(PictureDecoder, config).to_empty(device=DEVICE)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -66,7 +67,8 @@ def decoder(config: AutoencoderConfig) -> PictureDecoder:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     network.bn.reset_running_stats()
-    return network.made_ready(torch.bfloat16).requires_grad_(False).eval()
+    network = network.made_ready(torch.bfloat16).requires_grad_(False).eval()
+    return plain(network) if of_torch else network
 
 
 def compile_blocks(*groups: nn.ModuleList) -> None:

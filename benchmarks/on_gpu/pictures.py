@@ -1,8 +1,8 @@
-"""Sections `text`, `picture`, `batch` and `embedded`: whole pictures, from the prompt to a PNG file's bytes.
+"""Sections `text`, `decode`, `picture`, `batch` and `embedded`: whole pictures, from the prompt to a PNG file's bytes.
 
 Ours are drawn by the pipeline from a model folder. The dense arms do what it does with networks in bfloat16: the text
-encoder, four Euler steps, the decoder as the pipeline has it, the same PNG. "compiled" has the transformer's blocks and
-the text encoder's layers under torch.compile; the decoder is the same everywhere.
+encoder, four Euler steps, the decoder of torch's own layers, and our PNG. "compiled" has the transformer's blocks and
+the text encoder's layers under torch.compile.
 """
 
 import math
@@ -50,6 +50,25 @@ def text(bench: Bench) -> list[dict[str, Any]]:
         say(line(found[-1]))
         del encoder
         release()
+    return found
+
+
+def decode(bench: Bench) -> list[dict[str, Any]]:
+    """Latents to pixels at the larger size, and pixels to the bytes of a PNG file."""
+    side, found = bench.sides[-1], []
+    latents = torch.randn(1, 4 * bench.vae.latent_channels, side // 16, side // 16, device=DEVICE)
+    for name, of_torch in (("linocut", False), ("torch's layers", True)):
+        with torch.no_grad(), peak() as most:
+            vae = decoder(bench.vae, of_torch)
+            pixels = vae.develop(latents, None, lambda *_: None)
+            took = seconds(lambda vae=vae: vae.develop(latents, None, lambda *_: None), bench.rounds)
+        found.append({"what": f"decoder of {name}", "side": side, "seconds": took, **most})
+        say(line(found[-1]))
+        del vae
+    image = to_image(pixels[0] / 2 + 0.5)
+    found.append({"what": "PNG", "side": side, "seconds": wall(lambda: encode_png(image, None), bench.rounds),
+                  "bytes": len(encode_png(image, None))})
+    say(line(found[-1]))
     return found
 
 
@@ -109,7 +128,7 @@ class Dense:
         self.text: Any = _compiled_text(bench) if compiled else \
             dense_text_encoder(bench.model.text_encoder, bench.model.text_taps)
         self.network: Any = dense_network(bench.config)
-        self.vae = decoder(bench.vae)
+        self.vae = decoder(bench.vae, of_torch=True)
         if compiled:
             compile_blocks(self.network.transformer_blocks, self.network.single_transformer_blocks)
         self.mods = [modulations(bench.config.width, i).to(torch.bfloat16) for i in range(STEPS)]

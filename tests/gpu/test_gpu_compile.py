@@ -19,7 +19,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from linocut.kernels.gpu import accuracy, decode, gemm, routes, rows, runtime
+from linocut.kernels.gpu import accuracy, decode, gemm, group_norm, routes, rows, runtime
 from linocut.kernels.gpu.routes import Shape
 
 capability = int(sys.argv[1])
@@ -34,7 +34,7 @@ def build(kernel, given, warps=4, stages=3, **options):
         value = given[name]
         if isinstance(value, str):
             signature[name] = value
-            if value[0] == "*" or name in ("o", "n", "stride_y"):
+            if value[0] == "*" or name in ("o", "n", "stride_y", "pixels", "channels"):
                 attributes[place,] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[name] = "constexpr", value
@@ -76,6 +76,12 @@ for kind, out in KINDS.items():
 build(rows._turn, {"qkv": "*bf16", "norm_q": "*fp32", "norm_k": "*fp32", "cos": "*fp32", "sin": "*fp32",
                    "stride": "i32", "width": "i32", "heads": "i32", "first": "i32", "eps": "fp32", "HEADS": 32,
                    "K": 128})
+for channels in (128, 512):
+    given = {"x": "*bf16", "y": "*bf16", "sums": "*fp32", "scale": "*fp32", "shift": "*fp32", "pixels": "i32",
+             "channels": "i32", "parts": "i32", "CHANNELS": channels, "ROWS": group_norm._VALUES // channels,
+             "TILES": group_norm._TILES, "SILU": True}
+    for kernel in (group_norm._moments, group_norm._scaled):
+        assert not spilled(build(kernel, given)), kernel
 built = 0
 for name in accuracy.KIND if capability >= 80 else ():
     shape = Shape(64 if name == "packed" else 1536, 3072, 3072, "ternary")

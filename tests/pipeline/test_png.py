@@ -1,7 +1,10 @@
 """Pictures carry a recipe that survives, are written whole or not at all, and are read without trust."""
 
+import io
 import json
 import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from linocut.errors import FormatError, UsageError
+from linocut.pipeline import png_pixels
 from linocut.pipeline.png import Recipe, encode_png, read_recipe, write_png
 
 RECIPE = Recipe("embedded", "0123456789ab", "a fox in the snow, ☃, \"quoted\"\nsecond line", 7, 64, 96, 4,
@@ -37,6 +41,78 @@ def test_parameters_line_is_the_one_galleries_read(image: Image.Image, tmp_path:
 
 def test_same_picture_gives_same_bytes(image: Image.Image) -> None:
     assert encode_png(image, RECIPE) == encode_png(image, RECIPE)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 64), (5, 65), (200, 1), (96, 130)])
+def test_pixels_of_any_size_survive(size: tuple[int, int]) -> None:
+    """Noise, flat colour and ramps: every filter is somebody's best."""
+    width, height = size
+    rng = np.random.default_rng(3)
+    ramp = (np.arange(height)[:, None, None] * 3 + np.arange(width)[None, :, None] * 5 + np.arange(3)) % 256
+    for pixels in (rng.integers(0, 256, (height, width, 3)), np.full((height, width, 3), 77), ramp,
+                   np.clip(ramp // 2 + rng.integers(0, 3, ramp.shape), 0, 255)):
+        picture = Image.fromarray(pixels.astype(np.uint8))
+        png = encode_png(picture, RECIPE)
+        with Image.open(io.BytesIO(png)) as again:
+            again.load()
+            assert again.tobytes() == picture.tobytes()
+            assert again.info["parameters"].startswith(RECIPE.prompt)
+        data = b"".join(png[start + 8:end] for kind, start, end in chunks(png) if kind == b"IDAT")
+        assert len(zlib.decompress(data)) == height * (1 + 3 * width)  # whose checksum Pillow does not look at
+
+
+def chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+    start = 8
+    while start < len(png):
+        end = start + 8 + int.from_bytes(png[start : start + 4], "big")
+        assert zlib.crc32(png[start + 4 : end]) == int.from_bytes(png[end : end + 4], "big")
+        yield png[start + 4 : start + 8], start, end
+        start = end + 4
+
+
+def test_filters_are_those_of_the_specification() -> None:
+    """Undone row by row by the specification's formulas; and each of the five is chosen somewhere."""
+    rng = np.random.default_rng(5)
+    plane = rng.integers(0, 256, (5, 1, 3))
+    rows = [np.zeros((1, 40, 3)), rng.integers(0, 4, (1, 40, 3)),  # none
+            np.cumsum(np.full((1, 40, 3), 5), 1) + 9, plane[:1].repeat(40, 1)]  # from the left
+    rows.append(rows[-1] + 0)
+    rows.append(rng.integers(0, 256, (1, 40, 3)))
+    rows.append(rows[-1] + 1)  # from above
+    rough = rng.integers(0, 256, (1, 40, 3))
+    between = np.zeros_like(rough)  # what is left of it by the mean of both neighbours is a few ones
+    for i in range(40):
+        between[0, i] = ((between[0, i - 1] if i else 0) + rough[0, i]) // 2 + rng.integers(0, 2, 3)
+    rows += [rough, between, rough, np.concatenate([rough[:, :1], rough[:, :-1]], 1)]
+    pixels = (np.concatenate([*rows, rng.normal(0, 9, (30, 40, 3)).cumsum(0).cumsum(1)]) % 256).astype(np.uint8)
+    png = encode_png(Image.fromarray(pixels), None)
+    data = zlib.decompress(b"".join(png[start + 8:end] for kind, start, end in chunks(png) if kind == b"IDAT"))
+    lines = np.frombuffer(data, np.uint8).reshape(len(pixels), -1)
+    above, used = [0] * 120, set()
+    for line, wanted in zip(lines, pixels.reshape(len(pixels), -1), strict=True):
+        found: list[int] = []
+        used.add(int(line[0]))
+        for i, value in enumerate(line[1:].tolist()):
+            a, b, c = (found[i - 3] if i >= 3 else 0), above[i], (above[i - 3] if i >= 3 else 0)
+            p = a + b - c
+            paeth = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
+            found.append((value + (0, a, b, (a + b) // 2, paeth)[line[0]]) % 256)
+        assert found == wanted.tolist()
+        above = found
+    assert used == {0, 1, 2, 3, 4}
+
+
+def test_bytes_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.effect_noise((200, 300), 40).convert("RGB")
+    wanted = encode_png(picture, None)
+    monkeypatch.setattr(png_pixels, "MOST_THREADS", 1)
+    assert encode_png(picture, None) == wanted
+
+
+def test_other_pictures_are_left_to_pillow() -> None:
+    for mode in ("L", "1", "RGBA"):
+        with Image.open(io.BytesIO(encode_png(Image.new(mode, (9, 7)), RECIPE))) as again:
+            assert (again.mode, again.size) == (mode, (9, 7))
 
 
 def test_files_are_no_larger_than_the_usual_ones(tmp_path: Path) -> None:

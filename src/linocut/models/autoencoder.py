@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linocut.errors import UsageError
 from linocut.models.configs import CELL, AutoencoderConfig
-from linocut.models.group_norm import GroupNorm, silu_
+from linocut.models.group_norm import GroupNorm, norm_silu
 from linocut.models.threads import convolve
 
 OnTile = Callable[[int, int], None]
@@ -66,8 +66,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = PointwiseConv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(silu_(self.norm1(x)))
-        h = self.conv2(silu_(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(silu_(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(norm_silu(self.conv_norm_out, self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu_(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class PreviewMap(nn.Module):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linocut.kernels.gpu import runtime
 from linocut.models.threads import torch_threads
 
 _VECTOR = 128
@@ -75,10 +76,33 @@ def silu_(x: Tensor) -> Tensor:
         return F.silu(x, inplace=True)
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)), in one pass where a kernel for both is."""
+    if isinstance(norm, GroupNorm) and _on_nvidia(x):
+        return norm.by_triton(x, silu=True)
+    return silu_(norm(x))
+
+
+def _on_nvidia(x: Tensor) -> bool:
+    """Whether Triton's kernel takes this map, and nobody asks for what only torch's operations have."""
+    if x.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return runtime.why_not(str(x.device)) is None
+
+
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm`, with the sums above when a CPU decodes."""
+    """`nn.GroupNorm`, with the sums above when a CPU decodes, and Triton's kernel on NVIDIA GPUs."""
+
+    def by_triton(self, x: Tensor, silu: bool = False) -> Tensor:
+        """The norm of x by `kernels.gpu.group_norm`, followed by SiLU if asked for."""
+        from linocut.kernels.gpu.group_norm import group_norm
+
+        with runtime.on_device(x):
+            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _on_nvidia(x):
+            return self.by_triton(x)
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
         pictures = []

@@ -73,7 +73,8 @@ def why_not(name: str, shape: Shape, device: str) -> str | None:
     if name == "blocks":
         if runtime.capability(device)[0] != runtime.COPY_ENGINE[0]:
             return "torch's FP8 products in blocks need compute capability 9.0"
-        if not hasattr(F, "scaled_mm") or runtime.interpreted():
+        if (runtime.interpreted() or not hasattr(F, "scaled_mm")
+                or "out" not in torch.ops.aten._scaled_mm_v2.overloads()):
             return "torch has no scaled_mm here (expected torch 2.10 or newer, with CUDA)"
         if shape.m % 4 or shape.o % 16:
             return "scales must lie at multiples of 16 bytes (expected M a multiple of 4 and O of 16)"
