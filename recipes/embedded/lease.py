@@ -52,11 +52,13 @@ class Plan:
     students: float
 
     @classmethod
-    def make(cls, recipe: str, device: str, devices: int, budget: float, have_vae: bool = False) -> Plan:
-        """Shares of a budget: the autoencoder goes on from what ships and needs little, the teacher needs most."""
+    def make(cls, recipe: str, device: str, devices: int, budget: float, have_vae: bool = False,
+             distil: float | None = None) -> Plan:
+        """Shares of a budget: the autoencoder goes on from what ships and needs little, the students have `distil`
+        seconds or a third, and the teacher what is left."""
         students = budget - min(75.0, 0.2 * budget)
         vae = 0.0 if have_vae else min(95.0, 0.2 * budget)
-        return cls(recipe, device, devices, budget, vae, students - 0.36 * budget, students)
+        return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students)
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,8 @@ def start(options: argparse.Namespace) -> None:
         (run / "vae").mkdir()
         shutil.copy(SHIPPED_VAE, run / "vae" / "model.safetensors")
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
-                                                                options.budget,
-                                                                bool(options.have)))))
+                                                                options.budget, bool(options.have),
+                                                                options.distil))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdin=subprocess.DEVNULL,
@@ -311,6 +313,7 @@ def main() -> None:
             each.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
             each.add_argument("--devices", type=int, default=2)
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
+            each.add_argument("--distil", type=float, help="seconds of them for the students")
         elif name == "watch":
             each.add_argument("--seconds", type=float, default=560)
             each.add_argument("--home", type=Path, help="folder for results")

@@ -15,7 +15,7 @@ from tiny_detector import RECIPE, write_shapes
 
 from linocut.errors import FormatError, ModelNotFoundError, UsageError
 from linocut.eval.rules import GENEVAL_TASKS
-from linocut.eval.world_detector import WorldDetector
+from linocut.eval.world_detector import VERSION, WorldDetector
 from linocut.eval.world_network import NetworkConfig, Peaks, WorldNetwork, find_peaks, fold_norms, without_doubles
 from linocut.eval.world_training import DetectorRecipe, heat_map, train_detector
 from linocut.train.optimize import Average
@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_detector(trained, tmp_path):
     description = json.loads((trained / "detector.json").read_text())
     for name in ("model.safetensors", "detector.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    (tmp_path / "detector.json").write_text(json.dumps(description | {"version": 2}))
+    (tmp_path / "detector.json").write_text(json.dumps(description | {"version": VERSION + 1}))
     with pytest.raises(FormatError, match="another version"):
         WorldDetector(tmp_path)
     (tmp_path / "detector.json").write_text("[]")

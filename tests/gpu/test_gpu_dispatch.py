@@ -240,9 +240,9 @@ def test_a_damaged_file_is_measured_anew(device, content):
 
 
 def test_accuracy_is_asked_for_by_name(monkeypatch):
+    assert accuracy.level() == accuracy.DEFAULT == "fast"
+    monkeypatch.setenv("LINOCUT_GPU_ACCURACY", "exact")
     assert accuracy.level() == "exact"
-    monkeypatch.setenv("LINOCUT_GPU_ACCURACY", "fast")
-    assert accuracy.level() == "fast"
     monkeypatch.setenv("LINOCUT_GPU_ACCURACY", "sloppy")
     with pytest.raises(UsageError, match="exact, rows, fast"):
         accuracy.level()

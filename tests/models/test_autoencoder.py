@@ -187,6 +187,17 @@ def test_threads_do_not_move_a_bit(pair, dtype, rows):
 
 
 @torch.no_grad()
+def test_decoding_asks_torch_for_no_norm_that_some_versions_refuse(pair, monkeypatch):
+    """Torch 2.11 raises for an eps of zero, later versions do not."""
+    given = []
+    own = torch.nn.functional.batch_norm
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", lambda *a, **k: given.append(k["eps"]) or own(*a, **k))
+    with torch.no_grad():
+        pair[1].decode(torch.zeros(1, 16, 4, 4))
+    assert given
+    assert min(given) > 0
+
+
 def test_upsampling_by_parts_equals_upsampling_first(pair):
     upsample = Upsample(32)
     x = torch.randn(2, 32, 5, 7)

@@ -1,14 +1,14 @@
 """The detector of the embedded world: `world_network` with its weights, names and measured accuracy, from a folder.
 
-The folder holds `detector.json` (names of classes and colours, thresholds, accuracy) and `model.safetensors` (bfloat16,
-batch norms merged). `linocut eval detector` makes it.
+The folder holds `detector.json` (names of classes and colours, thresholds, accuracy) and `model.safetensors` (batch
+norms merged; each channel's weights in int8 with a scale). `linocut eval detector` makes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,14 @@ from linocut.errors import FormatError, ModelNotFoundError
 from linocut.eval.detector import Sight
 from linocut.eval.rules import Found, Thresholds
 from linocut.eval.world_network import NetworkConfig, Peaks, WorldNetwork, find_peaks, fold_norms, without_doubles
-from linocut.train.weights import load_weights, save_weights
+from linocut.train.weights import read_weights, save_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHIPPED = Path(__file__).parent.parent / "data" / "detector"  # where the package has its own, if it has one
-CONFIG, WEIGHTS, VERSION = "detector.json", "model.safetensors", 1
+CONFIG, WEIGHTS, VERSION = "detector.json", "model.safetensors", 2
+_SCALE = ".scale"  # of a tensor's name: what one step of its int8 codes is worth, for each output channel
 THRESHOLDS = Thresholds(0.3, 0.4)  # its scores are the product of two probabilities, so counting asks for less than 0.9
 _LEAST = 0.05  # candidates below are not told of at all
 _AT_ONCE = 16  # pictures through the network together
@@ -55,7 +56,7 @@ class WorldDetector:
                               advice="train the detector again")
         self.device = torch.device(device)
         self.network = _folded(network, len(self.names), len(self.colour_names))
-        load_weights(self.network, folder)
+        self.network.load_state_dict(_decoded(read_weights(folder)))
         self.network.to(self.device)
         if self.device.type == "cpu":
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -107,9 +108,27 @@ def save_detector(folder: Path, network: WorldNetwork, config: NetworkConfig, na
                   colours: Sequence[str]) -> None:
     """Write a detector. Its batch norms are merged in place."""
     fold_norms(network.eval())
-    save_weights(folder, network.state_dict(), "BF16")
+    save_weights(folder, _coded(network.state_dict()))
     write_description(folder, {"version": VERSION, "network": asdict(config), "thresholds": asdict(THRESHOLDS),
                                "classes": list(names), "colours": list(colours)})
+
+
+def _coded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of layers as int8 and a scale for each output channel; all else as it is."""
+    coded = dict(state)
+    for name, value in state.items():
+        if value.ndim > 1:
+            rows = value.float().flatten(1)
+            scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
+            coded[name] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
+            coded[name + _SCALE] = scale
+    return coded
+
+
+def _decoded(coded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `_coded` took."""
+    return {name: value * coded[name + _SCALE].view(-1, *[1] * (value.ndim - 1)) if name + _SCALE in coded else value
+            for name, value in coded.items() if not name.endswith(_SCALE)}
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:

@@ -50,8 +50,8 @@ class Moments:
         scale = norm.weight.double() * (variance + norm.eps).rsqrt().expand_as(mean).flatten()
         shift = norm.bias.double() - centre.expand_as(mean).flatten() * scale
         zero, one = torch.zeros_like(scale).float(), torch.ones_like(scale).float()
-        # x * scale + shift with float32 factors whatever x is, in one pass
-        return lambda x: F.batch_norm(x, zero, one, scale.float(), shift.float(), training=False, eps=0.0)
+        # x * scale + shift with float32 factors whatever x is, in one pass (1 + eps is 1; torch 2.11 wants an eps)
+        return lambda x: F.batch_norm(x, zero, one, scale.float(), shift.float(), training=False, eps=1e-30)
 
 
 def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,12 +38,12 @@ def save_weights(folder: Path, state: Mapping[str, Tensor], dtype: str = "F32") 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Load what `save_weights` wrote, casting to the module's dtypes."""
-    module.load_state_dict(_read(folder))
+    module.load_state_dict(read_weights(folder))
 
 
 def slim(folder: Path, target: Path) -> None:
     """Copy the weights in `folder` to `target` with floating tensors in bfloat16: half the bytes."""
-    save_weights(target, _read(folder), "BF16")
+    save_weights(target, read_weights(folder), "BF16")
 
 
 class State:
@@ -68,7 +68,7 @@ class State:
         """Take up the saved state if there is one. Returns the step to go on with, 0 at a fresh start."""
         if not self.folder.is_dir():
             return 0
-        tensors = _read(self.folder)
+        tensors = read_weights(self.folder)
         for index, (value, mean) in enumerate(self._pairs()):
             value.copy_(tensors[f"weight.{index}"])
             mean.copy_(tensors[f"average.{index}"])
@@ -90,6 +90,7 @@ class State:
         return list(zip((p.data for p in self.module.parameters()), self.average.shadow, strict=True))
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors` in a folder, in the dtypes they are stored in."""
     with Checkpoint.open(folder) as checkpoint:
         return {name: tensor_from(checkpoint, name).clone() for name in checkpoint.names}

@@ -5,6 +5,8 @@ import os
 from linocut.errors import UsageError
 
 VARIABLE = "LINOCUT_GPU_ACCURACY"
+DEFAULT = "fast"
+"""Costs the embedded models less than a point of GenEval (benchmarks/gpu_loss.py, docs/gpu.md)."""
 KIND = {"packed": "int8", "unpacked": "int8", "rows": "rows", "folded": "rows", "fp8": "fp8", "blocks": "fp8",
         "library": "float"}
 """The routes of a product (routes.py), and the activations that each reads."""
@@ -15,8 +17,8 @@ LEVELS = {"exact": EXACT, "rows": (*EXACT, "rows"), "fast": tuple(KIND)}
 
 
 def level() -> str:
-    """The level asked for by `LINOCUT_GPU_ACCURACY`, else "exact"."""
-    asked = os.environ.get(VARIABLE, "").strip() or "exact"
+    """The level asked for by `LINOCUT_GPU_ACCURACY`, else the default."""
+    asked = os.environ.get(VARIABLE, "").strip() or DEFAULT
     if asked not in LEVELS:
         raise UsageError(f"{VARIABLE} must be one of {', '.join(LEVELS)} (found {asked!r})")
     return asked
