@@ -28,7 +28,7 @@ from linocut.models.autoencoder import (
 from linocut.models.convert import build_and_load
 from linocut.models.tiling import decode_in_strips
 
-SHEET = Path(__file__).parent.parent.parent / "docs" / "sheet.png"
+SHEET = Path(__file__).parent.parent.parent / "docs" / "sheet.webp"
 SIZES = {"block_out_channels": (32, 64, 96, 96), "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 32}
 
 
