@@ -26,8 +26,10 @@ from linocut.pipeline.memory import (
     check_size,
 )
 
-BASE_BYTES = 600 * MB
-"""GPU memory of a process that has computed next to nothing: a context of 300 to 500 MB, kernels, workspaces."""
+BASE_BYTES = 850 * MB
+"""GPU memory of a process beside what torch takes for tensors: context, kernels, workspaces (800 MB on a H200)."""
+_LEFT_OVER = 250 * MB
+"""What torch keeps in blocks of earlier phases that the decoder's maps do not fit into."""
 
 
 class GpuPlanner(Planner):
@@ -67,7 +69,7 @@ class GpuPlanner(Planner):
                         + (6 + together) * latents, SCRATCH_BYTES, held, base)
         value = 2 if runtime.why_no_products(self.device) is None else size
         work = footprint.decode_bytes(vae, width, height, ways.tile, value) + known + together * latents
-        decode = Phase("decode", self._vae_values * value, work + 4 * width * height, CONVOLUTION_BYTES,
+        decode = Phase("decode", self._vae_values * value, work + 4 * width * height, CONVOLUTION_BYTES + _LEFT_OVER,
                        held + (self._weights + step if ways.keep_loaded else 0), base)
         return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
 
