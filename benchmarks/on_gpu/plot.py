@@ -1,4 +1,4 @@
-"""The picture of what `gpu.py` measured: products under the device's roofs, and steps beside dense ones and gemlite's."""
+"""The picture of what `gpu.py` measured: products under the device's roofs, and steps beside those of others."""
 
 import json
 import math
