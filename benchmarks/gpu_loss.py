@@ -10,11 +10,13 @@ was cut goes on.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MODELS = ("embedded", "embedded-binary")
@@ -67,12 +69,23 @@ def draw(given: argparse.Namespace, runs: list[tuple[str, str]]) -> None:
         time.sleep(0.2)
 
 
+def facts() -> dict[str, str]:
+    """What this was measured on, if it is measured here."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {"name": name, "torch": torch.__version__}
+    with contextlib.suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return found
+
+
 def table(out: Path) -> list[str]:
     """Score, difference to float products and its interval, in points, by model and level."""
     from linocut.eval.report import make_report
 
     lines = [f"{'model':<16} {'level':<6} {'score':>6} {'difference':>10}  {'95 % interval':<16} {'loss at most':>12}"]
-    results = {}
+    results: dict[str, object] = {"device": facts()}
     for model in MODELS:
         for level in LEVELS:
             report = make_report(out / f"{model}.{level}", out / f"{model}.{FLOAT}" / model)
@@ -85,7 +98,8 @@ def table(out: Path) -> list[str]:
             results[f"{model} {level}"] = {"score": score, "difference": value, "low": low, "high": high,
                                            "only_first_right": each["only_first_right"],
                                            "only_second_right": each["only_second_right"],
-                                           "kernel": report["arms"][model]["kernel"]}
+                                           "kernel": report["arms"][model]["kernel"], "prompts": report["count"],
+                                           "images": report["images"]}
         results[f"{model} {FLOAT}"] = 100 * next(iter(report["scores"].values()))["overall"]["value"]
     (out / "table.json").write_text(json.dumps(results, indent=1) + "\n")
     return lines

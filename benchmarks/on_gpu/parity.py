@@ -44,7 +44,8 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
     else:
         with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
             found = [each for checks in pool.map(_case, cases) for each in checks]
-    found += [_step(bench, name) for name in (("exact",) if bench.toy else ("exact", "rows", "fast"))]
+    found += [_step(bench, name, encoding) for name in (("exact",) if bench.toy else ("exact", "rows", "fast"))
+              for encoding in bench.encodings[: 1 if bench.toy else None]]
     found += [_text(bench), _decoder(bench)]
     for each in found:
         if not each["ok"]:
@@ -102,10 +103,10 @@ def _product(name: str, encoding: str, n: int, sizes: list[tuple[int, int, int]]
     return found
 
 
-def _step(bench: Bench, name: str) -> dict[str, Any]:
+def _step(bench: Bench, name: str, encoding: str) -> dict[str, Any]:
     """A network with few blocks: the fused step, eager and then as a graph, against the layers one by one."""
     small = bench.config if bench.toy else Flux2Config(num_layers=1, num_single_layers=2)
-    network = packed_network(small, "ternary")
+    network = packed_network(small, encoding)
     given = step_inputs(bench, small, bench.sides[0])
     with use_kernel("reference"):
         wanted = network(*given)
@@ -113,7 +114,7 @@ def _step(bench: Bench, name: str) -> dict[str, Any]:
         fused = GpuTransformer(network)
         errors = [relative(fused(*given), wanted) for _ in range(1 if bench.toy else 4)]
     return _check("step", max(errors), {"exact": 0.03, "rows": 0.04, "fast": 0.06}[name] * SLACK, accuracy=name,
-                  graph=fused.graph_note or "yes")
+                  encoding=encoding, graph=fused.graph_note or "yes")
 
 
 def _text(bench: Bench) -> dict[str, Any]:

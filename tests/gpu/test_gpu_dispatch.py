@@ -159,6 +159,40 @@ def test_what_was_measured_is_kept_and_chosen(device):
     assert calls == []  # nothing is measured twice
 
 
+def test_a_measured_route_is_passed_over_where_it_cannot_run(device, monkeypatch):
+    """Token counts share a measurement, and some routes run at some of them only."""
+    seconds = {"unpacked": 2.0, "rows": 1.0}
+    tuning.measure([FEW], device, lambda route, shape: seconds[route.name], names=seconds)
+    own = routes.why_not
+    monkeypatch.setattr(routes, "why_not", lambda name, shape, where: "odd" if name == "rows" and shape.m % 4 else
+                        own(name, shape, where))
+    chosen = [tuning.Table.of(device).choose(Shape(m, 384, 48, "ternary"), device, ("unpacked", "rows")).route.name
+              for m in (20, 22)]
+    assert chosen == ["rows", "unpacked"]
+
+
+def test_tiles_fit_into_shared_memory(device, monkeypatch):
+    """Of compute capability 8.0 and 12.0; where none fits, the smallest is tried."""
+    for limit in (163 * 1024, 99 * 1024):
+        monkeypatch.setattr(runtime, "shared_memory", lambda where, limit=limit: limit)
+        for name in KIND:
+            for shape in (KLEIN, FEW):
+                tiles = routes.tiles(name, shape, device)
+                assert tiles
+                assert all(tile is None or tile.shared_bytes <= limit for tile in tiles)
+    monkeypatch.setattr(runtime, "shared_memory", lambda where: 1)
+    assert [tile.shared_bytes for tile in routes.tiles("rows", KLEIN, device)] == [64 * 1024]
+    monkeypatch.undo()
+    assert Tile(128, 256, 8, 4, bulk=True) in routes.tiles("folded", KLEIN, device)
+
+
+def test_the_quickest_routes_can_be_listed(device):
+    seconds = {"unpacked": 2.0, "rows": 1.0, "library": 3.0}
+    table = tuning.measure([FEW], device, lambda route, shape: seconds[route.name], names=seconds)
+    assert table.quickest(("unpacked", "library")) == {"ternary M32 N384 O48": {"route": "unpacked", "seconds": 2.0}}
+    assert table.quickest(()) == {}
+
+
 def test_a_level_of_accuracy_measures_what_another_left_out(device):
     """Who asks for "fast" after drawing with "exact" gets the routes of "fast"."""
     given = {"packed": 3.0, "unpacked": 2.0, "library": 9.0, "folded": 0.5}

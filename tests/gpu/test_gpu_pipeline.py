@@ -1,21 +1,27 @@
 """The pipeline around the GPU's step: device, memory plan, layers that visit, and the same picture as on the CPU."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from linocut.cli.plan import ways_in_words
 from linocut.errors import UsageError
 from linocut.formats.folder import ModelFolder
 from linocut.formats.packed import packed_nbytes
+from linocut.kernels import fusible
 from linocut.models.configs import Flux2Config
 from linocut.models.flux2_gpu import GpuTransformer, runner
 from linocut.pipeline import budget, footprint, memory_gpu
 from linocut.pipeline.components import Components, visit
 from linocut.pipeline.device import choose
 from linocut.pipeline.generate import Pipeline
+from linocut.pipeline.memory import Ways
 from linocut.pipeline.memory_gpu import GpuPlanner
+from linocut.server.catalogue import Catalogue, TooLarge
+from linocut.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +130,61 @@ def test_planning_keeps_within_a_limit_or_says_what_would_fit(tiny_model):
     assert json.dumps(whole.to_dict())
 
 
-def test_streaming_the_text_encoder_takes_less(tiny_model):
-    from dataclasses import replace
+@pytest.mark.parametrize("model", ["embedded", "embedded-binary"])
+def test_layers_outside_the_blocks_are_no_reason_against_the_fused_step(model, monkeypatch):
+    """The embedded models' modulations are affine4."""
+    folder = ModelFolder.open(model)
+    with folder.checkpoint("transformer") as checkpoint:
+        assert "affine4" in {entry.encoding for entry in checkpoint.packed.values()}
+    before = GpuPlanner(folder, "cuda").plan(256, 256)
+    monkeypatch.setattr(memory_gpu.runtime, "why_not_fused", lambda device, width: None)
+    after = GpuPlanner(folder, "cuda").plan(256, 256)
+    assert before.phases[1].activations != after.phases[1].activations
+    assert after.phases[1].activations >= footprint.gpu_step_bytes(Flux2Config.from_dict(folder.config("transformer")),
+                                                                   64, 256)
 
+
+def test_affine4_in_the_blocks_is_one(tiny_model, monkeypatch):
+    monkeypatch.setattr(memory_gpu.runtime, "why_not_fused", lambda device, width: None)
+    assert fusible.dense_in_blocks(ModelFolder.open(tiny_model).checkpoint("text_encoder")) is None
+    assert fusible.dense_in_blocks(ModelFolder.open(tiny_model).checkpoint("text_encoder"), fusible.ON_GPU) is not None
+
+
+def test_only_networks_that_stay_leave_blocks_of_memory_that_nothing_fits(tiny_model):
+    planner = GpuPlanner(ModelFolder.open(tiny_model), "cuda")
+    kept, dropped = (planner.plan(64, 64, ways=replace(planner.default_ways(64, 64), keep_loaded=keep)).phases[2]
+                     for keep in (True, False))
+    assert kept.scratch > dropped.scratch
+    assert dropped.held == 0
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="cuda:9 was asked for, and the last of 2 CUDA devices is cuda:1"):
+        Pipeline.from_pretrained(tiny_model, device="cuda:9")
+
+
+def test_a_plan_says_what_streams_on_a_gpu():
+    ways = Ways(keep_loaded=False, tile=None, stream=True)
+    assert "layers of the text encoder are on the GPU while they run" in ways_in_words(ways, "cuda:1")
+    assert "blocks of the transformer leave memory" in ways_in_words(ways, "cpu")
+
+
+def test_a_server_plans_the_memory_of_what_it_draws_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_gpu, "available_bytes", lambda device: 10**12 if device == "cuda:1" else 0)
+    catalogue = Catalogue(Settings(home=tmp_path, devices=("cuda:1",)))
+    name, request = catalogue.request(None, "a fox", width=None, height=None, steps=None, seed=None, num_images=1,
+                                      guidance=None)
+    plan, free, why_not = catalogue._plan(name, request.width, request.height)
+    assert (free, why_not) == (10**12, None)
+    assert plan.phases[0].base == memory_gpu.BASE_BYTES
+    monkeypatch.setattr(memory_gpu, "available_bytes", lambda device: 10**6)
+    with pytest.raises(TooLarge):
+        catalogue.request(None, "a fox", width=None, height=None, steps=None, seed=None, num_images=1, guidance=None)
+
+
+def test_streaming_the_text_encoder_takes_less(tiny_model):
     planner = GpuPlanner(ModelFolder.open(tiny_model), "cuda")
     ways = replace(planner.default_ways(64, 64), keep_loaded=False)
     resident, streamed = (planner.plan(64, 64, ways=replace(ways, stream=stream)) for stream in (False, True))

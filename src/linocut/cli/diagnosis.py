@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import product
 from typing import Any
 
 Facts = dict[str, Any]
@@ -110,7 +111,8 @@ def gpu() -> Facts:
         table = tuning.Table.of("cuda")
         facts |= {"capability": ".".join(map(str, runtime.capability("cuda"))),
                   "why_no_products": runtime.why_no_products("cuda"),
-                  "measured": {"file": str(table.path), "shapes": len(table.entries)}}
+                  "measured": {"file": str(table.path), "shapes": len(table.entries),
+                               "quickest": table.quickest(accuracy.LEVELS.get(facts["accuracy"], ()))}}
     return facts
 
 
@@ -172,20 +174,24 @@ def kernel_choices() -> list[Facts]:
 
 
 def fused_models() -> list[Facts]:
-    """Whether the blocks of the models in the package run fused in C++, or layer by layer and why. Imports torch."""
+    """Whether the blocks of the models in the package run fused, in C++ or on a GPU, or layer by layer and why.
+    Imports torch."""
+    import torch
+
     from linocut.errors import LinocutError
     from linocut.formats.folder import EMBEDDED
     from linocut.pipeline.generate import Pipeline
 
     found = []
-    for name in EMBEDDED:
+    for where, name in product(["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], EMBEDDED):
         try:
-            pipe = Pipeline.from_pretrained(name, device="cpu")
+            pipe = Pipeline.from_pretrained(name, device=where)
         except LinocutError:
             continue  # `models()` reports it
         for component in ("transformer", "text_encoder"):
             reason = pipe.why_not_fused(component)
-            found.append({"model": name, "component": component, "fused": reason is None, "why_not": reason})
+            found.append({"model": name, "component": component, "device": where, "fused": reason is None,
+                          "why_not": reason})
     return found
 
 

@@ -115,7 +115,9 @@ def _show_choices(console: "Console", report: "Facts") -> None:
         products = f"products on tensor cores, accuracy {gpu['accuracy']}, weights {gpu['weights']}"
         _line(console, "Triton", f"{gpu['triton']}, compute capability {gpu['capability']}: "
               + (gpu["why_no_products"] or products))
-        _line(console, "measured", f"{gpu['measured']['shapes']} shapes in {gpu['measured']['file']}")
+        _line(console, "measured", f"{gpu['measured']['shapes']} shapes in {gpu['measured']['file']}; quickest:")
+        for shape, best in gpu["measured"]["quickest"].items():
+            _line(console, f"  {shape}", f"{best['route']}, {1e3 * best['seconds']:.3f} ms")
     for each in torch["devices"]:
         _line(console, "GPU", f"{each['name']}, {_gigabytes(each['memory_bytes'])}")
     _line(console, "torch", f"{torch['version']}, CPU kernels for {torch['cpu_capability']}, "
@@ -136,11 +138,11 @@ def _show_choices(console: "Console", report: "Facts") -> None:
               f"{choice['reason']}")
     for candidate in report["kernels"][0]["candidates"]:
         _line(console, f"  {candidate['name']}", candidate["why_not"] or "can run float32 on the CPU")
-    for reason in dict.fromkeys(each["why_not"] for each in report["fused"]):
+    for where, reason in dict.fromkeys((each["device"], each["why_not"]) for each in report["fused"]):
         alike = ", ".join(f"{each['model']} {each['component']}" for each in report["fused"]
-                          if each["why_not"] == reason)
-        how = "fused in C++" if reason is None else f"layer by layer, since {reason}"
-        _line(console, "blocks", f"{alike}: {how}")
+                          if (each["device"], each["why_not"]) == (where, reason))
+        how = f"layer by layer, since {reason}" if reason else "fused in C++" if where == "cpu" else "fused on the GPU"
+        _line(console, "blocks", f"{alike} on {where}: {how}")
 
 
 def _show_check(console: "Console", facts: "Facts") -> None:

@@ -104,7 +104,7 @@ class Job:
 
     def run(self) -> None:
         from linocut.formats.folder import ModelFolder
-        from linocut.pipeline import budget, memory
+        from linocut.pipeline import budget
         from linocut.pipeline.device import choose
         from linocut.pipeline.request import make_request
 
@@ -117,16 +117,9 @@ class Job:
         request = make_request(arguments.pop("prompt"), folder.settings, **arguments)
         outputs = self._outputs(request)
         limit = self.options["max_memory"]
-        if device.name.startswith("cuda"):
-            from linocut.pipeline import memory_gpu
-
-            planner: memory.Planner = memory_gpu.GpuPlanner(folder, device.name)
-            free = memory_gpu.available_bytes(device.name)
-        else:
-            planner, free = memory.Planner(folder), budget.available_bytes() if device.name == "cpu" else None
-        plan = budget.fit(planner, request.width, request.height, dtype=self.dtype, tile=request.tile,
-                          limit=None if limit is None else budget.parse_bytes(limit), free=free,
-                          pictures=len(request.jobs), prompts=request.prompts)
+        plan = budget.fit(budget.planner_for(folder, device.name), request.width, request.height, dtype=self.dtype,
+                          tile=request.tile, limit=None if limit is None else budget.parse_bytes(limit),
+                          free=budget.available_on(device.name), pictures=len(request.jobs), prompts=request.prompts)
         if self.recipe is not None and folder.hash() != self.recipe.model_hash:
             self._note(f"the picture was drawn with other weights of {self.recipe.model} (hash "
                        f"{self.recipe.model_hash}, now {folder.hash()}); expect another picture")

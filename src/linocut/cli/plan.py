@@ -40,14 +40,10 @@ def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: st
     bring(model)
     folder = ModelFolder.open(model)
     width, height = folder.settings["default_size"] if size is None else size
-    planner, free = memory.Planner(folder), budget.available_bytes()
     chosen = choose(device).name
-    if chosen.startswith("cuda"):
-        from linocut.pipeline import memory_gpu
-
-        planner, free = memory_gpu.GpuPlanner(folder, chosen), memory_gpu.available_bytes(chosen)
-    elif chosen != "cpu":
+    if chosen != "cpu" and not chosen.startswith("cuda"):
         raise UsageError(f"memory is planned for the CPU and for CUDA devices (found device {chosen})")
+    planner, free = budget.planner_for(folder, chosen), budget.available_on(chosen)
     if max_memory is None:
         plan = planner.plan(width, height, dtype=dtype, pictures=num_images)
     else:
@@ -67,14 +63,15 @@ def command(model: str, size: tuple[int, int] | None, dtype: str, max_memory: st
                    f"{show(phase.activations)}, scratch {show(phase.scratch)}, kept {show(phase.held)}, "
                    f"process {show(phase.base)}")
     click.echo(f"  {'highest':<16}{show(plan.peak):>10}" + (f"   ({show(free)} are free)" if free is not None else ""))
-    click.echo(f"\n{ways_in_words(plan.ways)}")
+    click.echo(f"\n{ways_in_words(plan.ways, chosen)}")
 
 
-def ways_in_words(ways: "Ways") -> str:
-    """How the networks run, in a sentence."""
+def ways_in_words(ways: "Ways", device: str) -> str:
+    """How the networks run on a device, in a sentence."""
     parts = ["networks stay loaded between pictures" if ways.keep_loaded else "networks are opened one after another"]
     if ways.stream:
-        parts.append("blocks of the transformer leave memory when they are done")
+        parts.append("blocks of the transformer leave memory when they are done" if device == "cpu" else
+                     "layers of the text encoder are on the GPU while they run")
     if ways.rows is not None:
         parts.append(f"{ways.rows} tokens go through a block at a time")
     parts.append("the picture is decoded in one piece" if ways.tile is None else

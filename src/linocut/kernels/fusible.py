@@ -16,6 +16,8 @@ give for klein's 1536 tokens at 512 px, 6 MB, stays in the cache."""
 MULTIPLIED = ("binary", "ternary", "affine4")
 """Encodings whose weights are multiplied as they are stored. int8 is for layers at the edges of a network, whose
 activations are better not rounded; its weights are decoded."""
+ON_GPU = ("binary", "ternary")
+"""Those that a fused step on a GPU takes (`models.flux2_gpu`)."""
 _IN_BLOCKS = re.compile(r"(blocks|layers)\.\d+\..*\.weight")
 
 
@@ -54,9 +56,9 @@ def attention_bytes() -> int:
     return 4
 
 
-def dense_in_blocks(checkpoint: Checkpoint) -> str | None:
-    """The first matrix in a block of the network that a checkpoint holds dense or in an encoding that is none of
-    `MULTIPLIED`; None if there is none."""
-    decoded = [f"{name}.weight" for name, entry in checkpoint.packed.items() if entry.encoding not in MULTIPLIED]
+def dense_in_blocks(checkpoint: Checkpoint, encodings: tuple[str, ...] = MULTIPLIED) -> str | None:
+    """The first matrix in a block of the network that a checkpoint holds dense or in none of these encodings; None if
+    there is none."""
+    decoded = [f"{name}.weight" for name, entry in checkpoint.packed.items() if entry.encoding not in encodings]
     dense = [name for name in checkpoint.names if len(checkpoint.info(name).shape) == 2]
     return next(filter(_IN_BLOCKS.search, [*decoded, *dense]), None)

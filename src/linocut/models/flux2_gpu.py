@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linocut.kernels.gpu import accuracy, routes, rows, runtime, timing, tuning
+from linocut.kernels import fusible
+from linocut.kernels.gpu import accuracy, graphs, routes, rows, runtime, timing, tuning
 from linocut.kernels.gpu.activations import Activations
 from linocut.kernels.gpu.routes import Route, Scratch, Shape
 from linocut.kernels.problem import PackedWeight
@@ -114,8 +115,7 @@ class GpuTransformer:
             self._compute(step)  # compiles kernels, and takes the memory of libraries
         elif step.graph is None:
             try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with graphs.recorded(self.device) as graph:
                     self._compute(step)
                 step.graph = graph
                 graph.replay()
@@ -164,7 +164,7 @@ def why_not(model: Flux2Transformer) -> str | None:
     for blocks in (model.transformer_blocks, model.single_transformer_blocks):
         for name, layer in blocks.named_modules():
             if isinstance(layer, nn.Linear) or (isinstance(layer, PackedLinear)
-                                                and layer.encoding not in ("binary", "ternary")):
+                                                and layer.encoding not in fusible.ON_GPU):
                 return f"{name} is neither binary nor ternary"
     return None
 

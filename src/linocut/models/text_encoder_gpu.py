@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linocut.kernels.gpu import runtime
+from linocut.kernels.gpu import graphs, runtime
 from linocut.models.text_encoder import OnLayer, Qwen3Encoder
 
 
@@ -61,9 +61,9 @@ class GpuEncoder:
             return features
 
     def _record(self, ids: Tensor, mask: Tensor) -> None:
-        graph, ids, mask = torch.cuda.CUDAGraph(), ids.clone(), mask.clone()
+        ids, mask = ids.clone(), mask.clone()
         try:
-            with torch.cuda.graph(graph):
+            with graphs.recorded(ids.device) as graph:
                 features = self.model(ids, mask)
             self._recorded = _Recorded(graph, ids, mask, features)
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linocut.errors import UsageError
+from linocut.formats.folder import ModelFolder
 from linocut.pipeline.memory import LARGEST_SIDE, SIZE_MULTIPLE, Plan, Planner, Ways, gigabytes
 
 ROWS = (1024, 512)
@@ -115,6 +116,22 @@ def _doing(plan: Plan) -> str:
 
 
 # ---- what there is -------------------------------------------------------------------------------------------------
+
+def planner_for(folder: ModelFolder, device: str) -> Planner:
+    """What plans the memory that pictures of a model take on a device."""
+    if not device.startswith("cuda"):
+        return Planner(folder)
+    from linocut.pipeline.memory_gpu import GpuPlanner
+    return GpuPlanner(folder, device)
+
+
+def available_on(device: str) -> int | None:
+    """Memory of a device that this process may still take (on a GPU with what it holds there); None if unknown."""
+    if not device.startswith("cuda"):
+        return available_bytes() if device == "cpu" else None
+    from linocut.pipeline import memory_gpu
+    return memory_gpu.available_bytes(device)
+
 
 def available_bytes() -> int | None:
     """Memory that this process may still take: what the system calls available, within container and process limits."""

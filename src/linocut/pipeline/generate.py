@@ -27,7 +27,6 @@ from linocut.models.configs import CELL, AutoencoderConfig, Flux2Config, Qwen3Co
 from linocut.pipeline import budget, embeddings, memory, memory_gpu
 from linocut.pipeline.components import Components
 from linocut.pipeline.device import choose
-from linocut.pipeline.memory_gpu import GpuPlanner
 from linocut.pipeline.png import Recipe
 from linocut.pipeline.request import Request, make_request
 from linocut.pipeline.run import Cancel, Picture, Progress, Run, StepCallback, StepState
@@ -182,14 +181,12 @@ class Pipeline:
                           tile=tile, dtype=str(self.dtype).removeprefix("torch."), **options)
 
     def _make_planner(self) -> memory.Planner:
-        return GpuPlanner(self.folder, self.choice.name) if self.device.type == "cuda" else memory.Planner(self.folder)
+        return budget.planner_for(self.folder, self.choice.name)
 
     def _free(self) -> int | None:
         """Bytes that this process may have in all where it computes; None where that is not known."""
-        if self.device.type == "cuda":
-            return memory_gpu.available_bytes(self.choice.name)
-        free = budget.available_bytes() if self.choice.name == "cpu" else None
-        return None if free is None else free + memory.resident_bytes()
+        free = budget.available_on(self.choice.name)
+        return free if free is None or self.device.type == "cuda" else free + memory.resident_bytes()
 
     def _base(self) -> int:
         """Resident bytes without networks that are kept, which a plan counts itself."""
@@ -228,12 +225,13 @@ class Pipeline:
     def why_not_fused(self, component: str) -> str | None:
         """None if whole blocks of "transformer" or "text_encoder" run fused (`kernels.fused`, on a GPU
         `models.flux2_gpu`), else the reason."""
+        on_gpu = self.device.type == "cuda"
         with self.folder.checkpoint(component) as checkpoint:
-            dense = fusible.dense_in_blocks(checkpoint)
+            dense = fusible.dense_in_blocks(checkpoint, fusible.ON_GPU if on_gpu else fusible.MULTIPLIED)
         config = self.folder.config(component)
         width = Flux2Config.from_dict(config).attention_head_dim if component == "transformer" else \
             Qwen3Config.from_dict(config).head_dim
-        if self.device.type == "cuda":
+        if on_gpu:
             if component != "transformer":
                 return "the text encoder runs layer by layer on a GPU"
             return f"{dense} is neither binary nor ternary" if dense else gpu.why_not_fused(self.choice.name, width)
@@ -303,7 +301,10 @@ def _torch_device(name: str, dtype: torch.dtype) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {name} was asked for, and torch {torch.__version__} finds no CUDA device; "
                          "'linocut doctor' says more")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"device {name} was asked for, and the last of {count} CUDA devices is cuda:{count - 1}")
+    return device
 
 
 def _use_threads(threads: int | None) -> None:

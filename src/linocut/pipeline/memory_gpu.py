@@ -29,7 +29,7 @@ from linocut.pipeline.memory import (
 BASE_BYTES = 850 * MB
 """GPU memory of a process beside what torch takes for tensors: context, kernels, workspaces (800 MB on a H200)."""
 _LEFT_OVER = 250 * MB
-"""What torch keeps in blocks of earlier phases that the decoder's maps do not fit into."""
+"""What torch keeps in blocks of earlier phases that the decoder's maps do not fit into, where networks stay."""
 
 
 class GpuPlanner(Planner):
@@ -39,10 +39,8 @@ class GpuPlanner(Planner):
         super().__init__(folder)
         self.device = device
         with folder.checkpoint("transformer") as checkpoint:
-            dense = fusible.dense_in_blocks(checkpoint)
-            packed = [entry.encoding for entry in checkpoint.packed.values()]
-        self._on_gpu = dense is None and "affine4" not in packed and runtime.why_not_fused(
-            device, self.transformer.attention_head_dim) is None
+            dense = fusible.dense_in_blocks(checkpoint, fusible.ON_GPU)
+        self._on_gpu = dense is None and runtime.why_not_fused(device, self.transformer.attention_head_dim) is None
 
     def default_ways(self, width: int, height: int) -> Ways:
         """How a picture is drawn if memory is no concern: everything stays, and nothing is cut."""
@@ -69,7 +67,8 @@ class GpuPlanner(Planner):
                         + (6 + together) * latents, SCRATCH_BYTES, held, base)
         value = 2 if runtime.why_no_products(self.device) is None else size
         work = footprint.decode_bytes(vae, width, height, ways.tile, value) + known + together * latents
-        decode = Phase("decode", self._vae_values * value, work + 4 * width * height, CONVOLUTION_BYTES + _LEFT_OVER,
+        decode = Phase("decode", self._vae_values * value, work + 4 * width * height,
+                       CONVOLUTION_BYTES + (_LEFT_OVER if ways.keep_loaded else 0),
                        held + (self._weights + step if ways.keep_loaded else 0), base)
         return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
 

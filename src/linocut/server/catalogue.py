@@ -38,7 +38,12 @@ class Catalogue:
             if folder.name in self.folders:
                 raise UsageError(f"two models are called {folder.name!r}; rename a folder or leave one out")
             self.folders[folder.name] = folder
-        self._planners = {name: memory.Planner(folder) for name, folder in self.folders.items()}
+        self._planners = {name: budget.planner_for(folder, self._device) for name, folder in self.folders.items()}
+
+    @property
+    def _device(self) -> str:
+        """The device that memory is planned for: if there are several, they are taken to be alike."""
+        return self.settings.devices[0]
 
     @property
     def default(self) -> str:
@@ -90,8 +95,10 @@ class Catalogue:
 
     def _plan(self, name: str, width: int, height: int) -> tuple[memory.Plan, int | None, str | None]:
         """How a picture would be drawn, the bytes that this may take, and why it does not fit or None."""
-        planner, available = self._planners[name], budget.available_bytes()
-        free = None if available is None else available + memory.resident_bytes()
+        on_gpu = self._device.startswith("cuda")  # elsewhere it is this machine's memory that counts
+        planner, free = self._planners[name], budget.available_on(self._device) if on_gpu else budget.available_bytes()
+        if free is not None and not on_gpu:
+            free += memory.resident_bytes()
         try:
             return budget.fit(planner, width, height, free=free, dtype=self.settings.dtype), free, None
         except UsageError as error:

@@ -134,9 +134,12 @@ class Worker(threading.Thread):
             # Small models stay beside each other; a large one has the memory for itself.
             self._unload([other for other, open_pipe in self._pipes.items()
                           if not memory.should_keep(memory.weight_bytes(open_pipe.folder))])
-            plan = memory.plan(folder, *folder.settings["default_size"], dtype=self.settings.dtype, keep_loaded=True)
-            free = budget.available_bytes()
-            keep = free is not None and plan.peak <= KEEP_SHARE * (free + memory.resident_bytes())
+            keep = False  # more than a pipeline does by itself
+            if not self.device.startswith("cuda"):
+                plan = memory.plan(folder, *folder.settings["default_size"], dtype=self.settings.dtype,
+                                   keep_loaded=True)
+                free = budget.available_bytes()
+                keep = free is not None and plan.peak <= KEEP_SHARE * (free + memory.resident_bytes())
             pipe = Pipeline(folder, dtype=self.settings.dtype, threads=self.settings.threads, device=self.device,
                             keep_loaded=keep or None)
             count, reason = thread_count()
@@ -152,7 +155,8 @@ class Worker(threading.Thread):
         text = int(pipe.folder.settings["text_length"])
         for component, tokens in (("transformer", width * height // 256 + text), ("text_encoder", text)):
             kernel, why_not = pipe.kernel(tokens, component), pipe.why_not_fused(component)
-            layers = "whole blocks run in C++" if why_not is None else f"layer by layer: {why_not}"
+            whole = "whole steps run on the GPU" if self.device.startswith("cuda") else "whole blocks run in C++"
+            layers = whole if why_not is None else f"layer by layer: {why_not}"
             summary = "" if kernel == "torch" else f"{candidate(kernel.split()[0]).summary}; "
             facts = {"model": pipe.folder.name, "component": component, "kernel": kernel, "reason": summary + layers}
             if facts not in self.kernels:

@@ -41,6 +41,11 @@ class Tile:
     registers: int | None = None
     """Most registers of a thread, so that several programs share a multiprocessor and hide each other's waits."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory for the loads in flight: 128 values of eight bits of each token and each row of W."""
+        return (self.block_m + self.block_o) * 128 * self.stages
+
     def to_dict(self) -> dict[str, int | bool | None]:
         """The fields, for a file."""
         return asdict(self)

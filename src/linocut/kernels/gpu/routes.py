@@ -82,11 +82,16 @@ def why_not(name: str, shape: Shape, device: str) -> str | None:
 
 
 def tiles(name: str, shape: Shape, device: str) -> list[Tile | None]:
-    """Tiles worth a measurement for a route, likely best first. Chosen by the registers that ptxas reports: none
-    spills."""
-    few = shape.m <= FEW_TOKENS
+    """Tiles worth a measurement for a route, likely best first, as far as this GPU has the shared memory for them.
+    Chosen by the registers that ptxas reports: none spills."""
     if name in ("blocks", "library"):
         return [None]
+    found, limit = _tiles(name, shape, device), runtime.shared_memory(device)
+    return [tile for tile in found if tile.shared_bytes <= limit] or [min(found, key=lambda tile: tile.shared_bytes)]
+
+
+def _tiles(name: str, shape: Shape, device: str) -> list[Tile]:
+    few = shape.m <= FEW_TOKENS
     if name == "packed":
         return [Tile(16 if shape.m <= 16 else 32, 64, 4, 4, 1), Tile(64, 64, 4, 3), Tile(32, 128, 8, 3)]
     if runtime.capability(device) < runtime.COPY_ENGINE:

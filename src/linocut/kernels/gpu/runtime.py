@@ -61,6 +61,14 @@ def capability(device: str = "cuda") -> tuple[int, int]:
     return major, minor
 
 
+@lru_cache(maxsize=8)
+def shared_memory(device: str = "cuda") -> int:
+    """Bytes of shared memory that a program may have on a CUDA device; as many as on a H200 where there is none."""
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
+
+
 def on_device(tensor: torch.Tensor) -> torch.cuda.device_of:
     """A context in which Triton starts kernels on the tensor's GPU; without it, that is the first one."""
     return torch.cuda.device_of(tensor)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from linocut.kernels.gpu import routes, rows
+from linocut.kernels.gpu import graphs, routes, rows
 from linocut.kernels.gpu.activations import Activations
 from linocut.kernels.gpu.routes import Route, Scratch, Shape
 from linocut.kernels.problem import PackedWeight
@@ -75,9 +75,8 @@ def seconds(work: Callable[[], object], device: str, rounds: int = ROUNDS, least
 
 def _recorded(work: Callable[[], object], device: str, count: int) -> torch.cuda.CUDAGraph | None:
     """A graph of `count` calls, or None if there can be none."""
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):  # on torch's own stream for this: libraries keep a workspace for each stream
+        with graphs.recorded(device) as graph:
             for _ in range(count):
                 work()
     except RuntimeError:

@@ -81,13 +81,23 @@ class Table:
     def choose(self, shape: Shape, device: str, allowed: Iterable[str]) -> Choice:
         """The quickest measured route among those allowed, else the likely one."""
         allowed = tuple(allowed)
-        found = [each for each in self.entries.get(_key(shape), []) if each["route"] in allowed and each["seconds"]]
+        found = [each for each in self.entries.get(_key(shape), []) if each["route"] in allowed and each["seconds"]
+                 and routes.why_not(each["route"], shape, device) is None]  # M is one of many that share a measurement
         if not found:
             return likely(shape, device, allowed)
         best = min(found, key=lambda each: float(each["seconds"]))
         tile = None if best["tile"] is None else Tile(**best["tile"])
         return Choice(Route(best["route"], tile), f"the quickest of {len(found)} that were measured here",
                       best["seconds"])
+
+    def quickest(self, allowed: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Route and seconds of the quickest measurement among the routes allowed, by shape; M there is the most tokens
+        that share it."""
+        allowed = tuple(allowed)
+        found = {key: [each for each in entry if each["route"] in allowed and each["seconds"]]
+                 for key, entry in self.entries.items()}
+        best = {key: min(entry, key=lambda each: float(each["seconds"])) for key, entry in found.items() if entry}
+        return {key: {"route": each["route"], "seconds": each["seconds"]} for key, each in best.items()}
 
     def knows(self, shape: Shape, name: str) -> bool:
         """Whether the route `name` was measured at this shape, or failed."""
