@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from linocut.cli import main
 from linocut.cli.plan import ways_in_words
 from linocut.errors import UsageError
 from linocut.formats.folder import ModelFolder
@@ -158,11 +159,15 @@ def test_only_networks_that_stay_leave_blocks_of_memory_that_nothing_fits(tiny_m
     assert dropped.held == 0
 
 
-def test_a_gpu_that_is_not_there_is_refused(tiny_model, monkeypatch):
+def test_a_gpu_that_is_not_there_is_refused(tiny_model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="cuda:9 was asked for, and the last of 2 CUDA devices is cuda:1"):
+    with pytest.raises(UsageError, match="cuda:9 was asked for, and the last CUDA device that torch finds is cuda:1"):
         Pipeline.from_pretrained(tiny_model, device="cuda:9")
+    with pytest.raises(SystemExit) as ended:  # memory is planned before anything is opened
+        main(["generate", "a fox", "--model", str(tiny_model), "--device", "cuda:9", "-o", str(tmp_path / "a.png")])
+    assert ended.value.code == 2
+    assert "is cuda:1" in capsys.readouterr().err
 
 
 def test_a_plan_says_what_streams_on_a_gpu():

@@ -301,10 +301,10 @@ def _torch_device(name: str, dtype: torch.dtype) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {name} was asked for, and torch {torch.__version__} finds no CUDA device; "
                          "'linocut doctor' says more")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise UsageError(f"device {name} was asked for, and the last of {count} CUDA devices is cuda:{count - 1}")
-    return device
+    if name.startswith("cuda") and not gpu.there(name):
+        last = torch.cuda.device_count() - 1
+        raise UsageError(f"device {name} was asked for, and the last CUDA device that torch finds is cuda:{last}")
+    return torch.device(name)
 
 
 def _use_threads(threads: int | None) -> None:

@@ -87,7 +87,7 @@ def available_bytes(device: str) -> int | None:
     without such a device."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not runtime.there(device):
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + int(torch.cuda.memory_reserved(device)) + BASE_BYTES

@@ -74,6 +74,11 @@ def on_device(tensor: torch.Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+def there(device: str) -> bool:
+    """Whether torch finds this CUDA device ("cuda", "cuda:1" ...)."""
+    return torch.cuda.is_available() and (torch.device(device).index or 0) < torch.cuda.device_count()
+
+
 def why_not(device: str) -> str | None:
     """None if Triton's kernels run on tensors of this device ("cuda", "cuda:1", "cpu" ...), else the reason."""
     kind = device.partition(":")[0]
@@ -85,6 +90,8 @@ def why_not(device: str) -> str | None:
         return "this torch is built for ROCm, where these kernels were never tried"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if not there(device):
+        return f"torch finds {torch.cuda.device_count()} CUDA devices, counted from 0"
     if why_no_triton() is None and capability(device) < LEAST:
         return f"needs compute capability {LEAST[0]}.{LEAST[1]} (found {_dotted(capability(device))})"
     return why_no_triton()
