@@ -90,11 +90,13 @@ def why_not(device: str) -> str | None:
         return "this torch is built for ROCm, where these kernels were never tried"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if why_no_triton() is not None:
+        return why_no_triton()
     if not there(device):
         return f"torch finds {torch.cuda.device_count()} CUDA devices, counted from 0"
-    if why_no_triton() is None and capability(device) < LEAST:
+    if capability(device) < LEAST:
         return f"needs compute capability {LEAST[0]}.{LEAST[1]} (found {_dotted(capability(device))})"
-    return why_no_triton()
+    return None
 
 
 def why_no_products(device: str) -> str | None:
