@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from linocut.eval.statistics import bootstrap, compare, mcnemar, score, scores
+from linocut.eval.statistics import bootstrap, compare, gap_closed, mcnemar, score, scores
 
 RNG = np.random.default_rng(0)
 TASKS = np.repeat(np.arange(6), (50, 40, 40, 30, 60, 50))
@@ -51,6 +51,21 @@ def test_pairing_makes_the_difference_surer():
     assert paired.ratio.value == pytest.approx(1 + paired.difference.value / score(first.mean(1)[:, None], TASKS)[0])
     assert (paired.lost, paired.won) == (int((first & ~second).sum()), 0)
     assert sum(each.value for each in paired.tasks.values()) / 6 == pytest.approx(paired.difference.value)
+
+
+def test_the_share_of_a_gap_that_an_arm_closes():
+    rng = np.random.default_rng(5)
+    top = np.ones((600, 4), bool)
+    baseline = rng.random((600, 4)) < 0.5
+    halfway = baseline | (rng.random((600, 4)) < 0.5)
+    tasks = np.arange(600) % 6
+    found = gap_closed(top, baseline, halfway, tasks)
+    assert found.low < 0.5 < found.high
+    assert 0.005 < found.error < 0.03
+    assert gap_closed(top, baseline, top, tasks).value == 1
+    assert gap_closed(top, baseline, baseline, tasks).value == 0
+    assert gap_closed(top, halfway, baseline, tasks).high < 0
+    assert math.isnan(gap_closed(top, top, baseline, tasks).error)  # no gap
 
 
 def test_an_arm_against_itself():

@@ -6,17 +6,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_recipe import ROOT, write_recipe, write_sprites
 
 from linocut.errors import UsageError
+from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.packed import dequantize
+from linocut.quantize.rounding import quantize_tensor
 from linocut.train.dataset import edges
+from linocut.train.export import export
 from linocut.train.recipe import Recipe
 from linocut.train.stages import run_stage
 from linocut.train.study import REPORT, Study, run_arm, table
 
-ARMS = 'recipe = "recipe.toml"\nseconds = 30\n[arms.plain]\n[arms.muon.qat]\nmuon = true\nlr = 1e-3\ndense_lr = 1e-4\n'
+ARMS = """recipe = "recipe.toml"
+seconds = 30
+[arms.plain]
+[arms.muon.qat]
+muon = true
+lr = 1e-3
+dense_lr = 1e-4
+"""
+USUAL = '[arms.usual.qat]\nrounding = "absmean"\ncalibrate = 0\n'
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +60,8 @@ def test_arms_vary_what_they_say_and_nothing_else(trained):
     ('recipe = "recipe.toml"\nseconds = 1\n', "not a readable study"),
     (ARMS + "[arms.x]\nlr = 1\n", "unknown tables.*known are qat and path"),
     (ARMS + "[arms.x.qat]\nrate = 1\n", "unknown keys.*rate"),
+    (ARMS + '[arms.x.qat]\nrounding = "exact"\n', "unknown rounding 'exact'; choose from tied, absmean"),
+    (ARMS + '[arms.x.qat]\nrounding = "absmean"\n', "calibrate and freeze place weights for the rounding tied"),
     (ARMS + "[arms.x.path]\ngrid = 3\n", r"one number per step of the grid \(3\)"),
 ])
 def test_a_study_that_makes_no_sense_is_refused(trained, tmp_path, text, found):
@@ -93,3 +109,18 @@ def test_an_arm_is_measured_by_the_path_of_the_recipe(trained, tmp_path, monkeyp
     monkeypatch.setattr("linocut.train.study.measure", lambda recipe, *_: seen.append(recipe.path.substeps) or {})
     run_arm(study.arms["single"], study.base, "binary", trained / "run", tmp_path / "single", "cpu")
     assert seen == [(1, 2)]
+
+
+def test_students_with_the_usual_rounding_are_packed_as_they_were_trained(trained, tmp_path):
+    (trained / "usual.toml").write_text((trained / "study.toml").read_text() + USUAL)
+    study = Study.from_file(trained / "usual.toml")
+    arm = study.arms["usual"]
+    run_arm(arm, study.base, "ternary", trained / "run", tmp_path / "usual", "cpu")
+    export(arm, tmp_path / "usual", tmp_path / "model", {"ternary": "transformer"})
+    latent = load_file(tmp_path / "usual" / "ternary" / "model.safetensors")
+    name = "single_transformer_blocks.0.attn.to_out"
+    weight = latent[f"transformer.{name}.weight"].float()
+    with Checkpoint.open(tmp_path / "model" / "transformer") as packed:
+        found = dequantize(packed.packed_tensor(name))
+    assert np.array_equal(found, dequantize(quantize_tensor(weight, "ternary", "absmean")))
+    assert not np.array_equal(found, dequantize(quantize_tensor(weight, "ternary", "tied")))

@@ -86,6 +86,17 @@ def compare(first: np.ndarray, second: np.ndarray, tasks: np.ndarray, resamples:
                       mcnemar(lost, won))
 
 
+def gap_closed(top: np.ndarray, baseline: np.ndarray, arm: np.ndarray, tasks: np.ndarray,
+               resamples: int = RESAMPLES) -> Estimate:
+    """The share of the way from a baseline's score to the top's that an arm goes: (arm - baseline) / (top - baseline),
+    1 at the top, negative for an arm worse than the baseline. All are bool [P, k], as for `compare`."""
+    three = np.stack([each.mean(1) for each in (top, baseline, arm)], axis=1)
+    drawn, value = _mean(bootstrap(three, tasks, resamples)), score(three, tasks)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _estimate((value[2] - value[1]) / (value[0] - value[1]),
+                         (drawn[:, 2] - drawn[:, 1]) / (drawn[:, 0] - drawn[:, 1]))
+
+
 def mcnemar(lost: int, won: int) -> float:
     """Two-sided exact p of McNemar's test: whether `lost` and `won` of the discordant pairs fit a fair coin.
 

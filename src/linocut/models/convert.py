@@ -86,6 +86,14 @@ def set_eps(model: nn.Module, eps: float) -> None:
             module.eps = eps
 
 
+def set_rounding(model: nn.Module, method: str) -> None:
+    """Set how every fake-quantized ternary Linear rounds (`quantize.rounding.FAKE_METHODS`); the other encodings have
+    one rounding each."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear) and module.encoding == "ternary":
+            module.method = method
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -150,6 +150,9 @@ class FakeQuantLinear(_Annealed, nn.Linear):
     (in scales, None for none) cuts the gradient of weights that lie further out. See `quantize.rounding.fake_quantize`.
     """
 
+    method = "tied"
+    """How weights are rounded, of `quantize.rounding.FAKE_METHODS`."""
+
     def __init__(self, in_features: int, out_features: int, encoding: str, eps: float = 0.0,
                  clip: float | None = None) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -170,11 +173,11 @@ class FakeQuantLinear(_Annealed, nn.Linear):
         self.register_buffer("_eps", torch.tensor(float(eps)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, fake_quantize(self.weight, self.encoding, self._eps, self.clip))
+        return F.linear(x, fake_quantize(self.weight, self.encoding, self._eps, self.clip, self.method))
 
     def to_packed(self) -> PackedTensor:
         """What the forward pass at eps 0 computes with, packed."""
-        return quantize_tensor(self.weight, self.encoding, method="tied")
+        return quantize_tensor(self.weight, self.encoding, self.method)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, encoding={self.encoding!r}, eps={self.eps:g}"

@@ -46,6 +46,7 @@ from linocut.formats.packed import (
 
 TERNARY_THRESHOLD = 0.75
 METHODS = ("absmean", "exact", "tied")
+FAKE_METHODS = ("tied", "absmean")
 # Fractions of a group's range that the affine4 search tries; clipping the tails often lowers the squared error.
 _AFFINE_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 # What it then tries around the best of these: factors of the scale and steps of the zero point, coarse and then fine.
@@ -145,16 +146,19 @@ def squared_error(w: Tensor, packed: PackedTensor) -> tuple[float, float]:
     return error, energy
 
 
-def fake_quantize(w: Tensor, encoding: str, eps: float | Tensor = 0.0, clip: float | None = None) -> Tensor:
+def fake_quantize(w: Tensor, encoding: str, eps: float | Tensor = 0.0, clip: float | None = None,
+                  method: str = "tied") -> Tensor:
     """The quantized weights as a differentiable function of w [O, N], for training (any device, torch.compile).
 
-    Forward: q + eps * (w - q), with q the tied rounding; at eps 0 the result is bit for bit what
-    `quantize_tensor(w, encoding, method="tied")` decodes to (for float32 w). Annealing eps from about 0.5 to 0 keeps
-    weights from getting stuck in the dead zone. Backward: straight through, i.e. the identity; with `clip` the
-    gradient is cut where |w| > clip * scale. Computed in float32, returned in w's dtype.
+    Forward: q + eps * (w - q), with q the rounding by `method`: "tied" or, which differs for ternary alone, "absmean".
+    At eps 0 the result is bit for bit what `quantize_tensor(w, encoding, method)` decodes to (for float32 w). Annealing
+    eps from about 0.5 to 0 keeps weights from getting stuck in the dead zone. Backward: straight through, i.e. the
+    identity; with `clip` the gradient is cut where |w| > clip * scale. Computed in float32, returned in w's dtype.
     """
     _check_encoding(encoding)
-    result: Tensor = _StraightThrough.apply(w, encoding, eps, clip)
+    if method not in FAKE_METHODS:
+        raise UsageError(f"weights are trained with the rounding {' or '.join(FAKE_METHODS)}, not {method!r}")
+    result: Tensor = _StraightThrough.apply(w, encoding, eps, clip, method)
     return result
 
 
@@ -162,12 +166,12 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: quantized weights. Backward: the gradient passes unchanged, or masked where the weight is clipped."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, encoding: str, eps: float | Tensor, clip: float | None) -> Tensor:
+    def forward(ctx: Any, w: Tensor, encoding: str, eps: float | Tensor, clip: float | None, method: str) -> Tensor:
         grouped = _grouped(w, group_size(encoding))
         if encoding == "binary":
             values, scales = _binary(grouped)
         elif encoding == "ternary":
-            values, scales = _ternary_tied(grouped)
+            values, scales = _ternary_tied(grouped) if method == "tied" else _ternary_absmean(grouped)
         elif encoding == "int8":
             values, scales = _int8(grouped)
         else:
@@ -181,11 +185,11 @@ class _StraightThrough(torch.autograd.Function):
         return q.view(w.shape).to(w.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         if ctx.clipped:
             (inside,) = ctx.saved_tensors
             grad = grad * inside
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 def _check_encoding(encoding: str) -> str:

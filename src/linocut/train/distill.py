@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linocut.models.convert import quantize_, set_eps
+from linocut.models.convert import quantize_, set_eps, set_rounding
 from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.calibrate import Batch, calibrate
@@ -42,6 +42,7 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     # The student reads the text encoder that it will be shipped with, so that it learns to make up for its rounding.
     quantize_(student.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
     quantize_(student.transformer, recipe.packing(encoding), fake=True, eps=settings.residual)
+    set_rounding(student.transformer, settings.rounding)
     student.transformer.requires_grad_(True)
     average = Average(student.transformer, settings.ema)
     optimizers = make_optimizers(student.transformer, settings.lr, 0.0, settings.muon, settings.dense_lr or None)

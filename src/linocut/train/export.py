@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from linocut.formats.folder import VOCABULARY_FILE
 from linocut.formats.packed import GROUP_SIZE
 from linocut.formats.writer import atomic_write_bytes, write_checkpoint
-from linocut.models.convert import packed_state, quantize_
+from linocut.models.convert import packed_state, quantize_, set_rounding
 from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae
 from linocut.train.captions import lexicon, words_of
@@ -34,14 +35,15 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
              "max_image_seq_len": 4096, "time_shift_type": "exponential"}
 
 
-def export(recipe: Recipe, run: Path, target: Path) -> None:
-    """Write the model folder of every student found in the run folder."""
-    found = [encoding for encoding in FOLDERS if (run / encoding / "model.safetensors").is_file()]
+def export(recipe: Recipe, run: Path, target: Path, folders: Mapping[str, str] = FOLDERS) -> None:
+    """Write the model folder of every student found in the run folder; `folders` says which are looked for, and where
+    their transformers go."""
+    found = [encoding for encoding in folders if (run / encoding / "model.safetensors").is_file()]
     _write_surroundings(recipe, run, target)
     for encoding in found:
         painter, policy = quantized(recipe, encoding), recipe.packing(encoding)
         load_weights(painter, run / encoding)
-        folder = target / FOLDERS[encoding]
+        folder = target / folders[encoding]
         _write_packed(folder, "diffusion_pytorch_model.safetensors", painter.transformer,
                       recipe.transformer.to_dict(), policy)
         _write_packed(target / "text_encoder", "model.safetensors", painter.text_encoder,
@@ -79,6 +81,7 @@ def quantized(recipe: Recipe, encoding: str) -> Painter:
     painter = Painter(recipe)
     quantize_(painter.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
     quantize_(painter.transformer, recipe.packing(encoding), fake=True)
+    set_rounding(painter.transformer, getattr(recipe, encoding).rounding)
     return painter
 
 

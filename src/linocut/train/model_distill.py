@@ -24,7 +24,7 @@ from linocut.formats.folder import ModelFolder
 from linocut.formats.writer import CheckpointWriter, atomic_write_bytes
 from linocut.models.autoencoder import Autoencoder
 from linocut.models.configs import AutoencoderConfig
-from linocut.models.convert import build_and_load
+from linocut.models.convert import build_and_load, set_rounding
 from linocut.models.synthetic import share_parts, write_synthetic
 from linocut.pipeline.sampler import sigmas
 from linocut.quantize.stream import quantize_folder
@@ -64,7 +64,7 @@ def distil_model(recipe: ModelRecipe, encoding: str, run: Path, ranks: Ranks) ->
         learner.learn()
         learner.write(folder, target)
     if ranks.first and not (run / f"model-{encoding}").exists():
-        quantize_folder(target, run / f"model-{encoding}", encoding, method="tied")
+        quantize_folder(target, run / f"model-{encoding}", encoding, method=getattr(recipe, encoding).rounding)
     ranks.same(0.0)
 
 
@@ -79,6 +79,7 @@ class Learner:
         settings: ModelQatSettings = getattr(recipe, encoding)
         self.settings = settings
         student = parts.student
+        set_rounding(student, settings.rounding)
         stream = PromptStream([recipe.folder / name for name in recipe.prompts.files], recipe.prompts.composed,
                               recipe.prompts.seed, ranks, self._forbidden())
         self.reader = PromptReader(stream, parts.tokenizer, parts.teacher_encoder, parts.student_encoder, ranks.device)

@@ -37,7 +37,7 @@ def codes_of(layer: FakeQuantLinear) -> tuple[Tensor, Tensor]:
     weight = local(layer.weight.detach())
     if not len(weight):
         return weight.to(torch.int8), weight[:, :: GROUP_SIZE]
-    return quantize_binary(weight) if layer.encoding == "binary" else quantize_ternary(weight, "tied")
+    return quantize_binary(weight) if layer.encoding == "binary" else quantize_ternary(weight, layer.method)
 
 
 class Monitor:

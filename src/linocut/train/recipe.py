@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from linocut.errors import UsageError
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.quantize.policy import FLUX2_PRESETS, Policy
+from linocut.quantize.rounding import FAKE_METHODS
 
 T = TypeVar("T")
 LOSSES = ("velocity", "normalized")
@@ -102,7 +103,8 @@ class PathSettings:
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
-    prompts (0 for none) the student starts from GPTQ codes.
+    prompts (0 for none) the student starts from GPTQ codes. `rounding` of ternary weights: "tied" (`quantize.rounding`)
+    or BitNet's "absmean", to compare with.
 
     `loss` is the mean squared error of the "velocity", or that divided by what part of the velocity prompts decide at
     each step of the grid ("normalized": the variance over prompts of the clean picture that the teacher foresees).
@@ -116,6 +118,7 @@ class QatSettings(StageSettings):
 
     scenes: int = 100_000
     calibrate: int = 0
+    rounding: str = "tied"
     residual: float = 0.5
     anneal: float = 0.25
     on_policy: float = 0.5
@@ -132,6 +135,11 @@ class QatSettings(StageSettings):
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UsageError(f"unknown loss {self.loss!r}; choose from {', '.join(LOSSES)}")
+        if self.rounding not in FAKE_METHODS:
+            raise UsageError(f"unknown rounding {self.rounding!r}; choose from {', '.join(FAKE_METHODS)}")
+        if self.rounding != "tied" and (self.calibrate or self.freeze):
+            raise UsageError(f"calibrate and freeze place weights for the rounding tied, not for {self.rounding}; set "
+                             "them to 0")
         if not 0 <= self.freeze < 1 or self.accumulate < 1 or self.contrast < 0:
             raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1 and contrast >= 0; found {self.freeze}, "
                              f"{self.accumulate} and {self.contrast}")

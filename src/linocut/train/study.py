@@ -82,7 +82,7 @@ def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path
     began = time.monotonic()
     train_quantized(recipe, encoding, folder, ranks)
     seconds = round(time.monotonic() - began, 1)
-    found = measure(base, encoding, folder, ranks.device) | {"seconds": seconds}
+    found = measure(replace(recipe, path=base.path), encoding, folder, ranks.device) | {"seconds": seconds}
     atomic_write_bytes(folder / REPORT.format(encoding), (json.dumps(found) + "\n").encode())
 
 
