@@ -12,12 +12,11 @@ was cut goes on.
 import argparse
 import contextlib
 import json
-import os
-import subprocess
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from judging import Judging, judge
 
 MODELS = ("embedded", "embedded-binary")
 FLOAT = "float"
@@ -44,29 +43,13 @@ def main() -> int:
 
 
 def draw(given: argparse.Namespace, runs: list[tuple[str, str]]) -> None:
-    """All pictures, judged. Raises SystemExit with the end of what a process said that failed."""
-    waiting, running = list(runs), list[tuple[str, subprocess.Popen[bytes], Path]]()
-    given.out.mkdir(parents=True, exist_ok=True)
-    while waiting or running:
-        while waiting and len(running) < given.at_once:
-            model, level = waiting.pop(0)
-            folder = given.out / f"{model}.{level}"
-            command = [sys.executable, "-m", "linocut", "eval", "geneval", "-m", model, "--out", str(folder),
-                       "--split", "test", "-n", str(given.count), "--device", given.device, "--keep", "none"]
-            command += ["--detector", given.detector] if given.detector else []
-            command += ["--size", given.size] if given.size else []
-            env = {"LINOCUT_KERNEL": "reference"} if level == FLOAT else {"LINOCUT_GPU_ACCURACY": level}
-            log = folder.with_suffix(f"{folder.suffix}.log")
-            with log.open("wb") as told:
-                running.append((folder.name, subprocess.Popen(command, env=os.environ | env, stdout=told,
-                                                              stderr=subprocess.STDOUT), log))
-        for name, process, log in list(running):
-            if process.poll() is not None:
-                running.remove((name, process, log))
-                print(f"{name}: exit code {process.returncode}", flush=True)
-                if process.returncode:
-                    raise SystemExit(log.read_text(errors="replace")[-2000:])
-        time.sleep(0.2)
+    """All pictures, judged."""
+    shared = ["--split", "test", "-n", str(given.count), "--device", given.device, "--keep", "none"]
+    shared += ["--detector", given.detector] if given.detector else []
+    shared += ["--size", given.size] if given.size else []
+    judge([Judging(given.out / f"{model}.{level}", ["-m", model, *shared],
+                   {"LINOCUT_KERNEL": "reference"} if level == FLOAT else {"LINOCUT_GPU_ACCURACY": level})
+           for model, level in runs], given.at_once)
 
 
 def facts() -> dict[str, str]:

@@ -1,0 +1,47 @@
+"""Many runs of `linocut eval geneval`, several at a time, each a process of its own with a folder and a log."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Judging:
+    """One run: the command's arguments after `--out FOLDER`, and what it finds in its environment."""
+
+    folder: Path
+    arguments: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def judge(runs: Sequence[Judging], at_once: int) -> None:
+    """All of them; one that was cut goes on. Raises SystemExit with the end of what a process said that failed."""
+    waiting, running = list(runs), list[tuple[Path, subprocess.Popen[bytes]]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                run = waiting.pop(0)
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, "-m", "linocut", "eval", "geneval", "--out", str(run.folder), *run.arguments]
+                with log_of(run.folder).open("wb") as log:
+                    running.append((run.folder, subprocess.Popen(command, env=os.environ | run.environment, stdout=log,
+                                                                 stderr=subprocess.STDOUT)))
+            for folder, process in list(running):
+                if process.poll() is not None:
+                    running.remove((folder, process))
+                    print(f"{folder.name}: exit code {process.returncode}", flush=True)
+                    if process.returncode:
+                        raise SystemExit(log_of(folder).read_text(errors="replace")[-2000:])
+            time.sleep(0.2)
+    finally:
+        for _, process in running:
+            process.terminate()
+
+
+def log_of(folder: Path) -> Path:
+    """Where a run tells what it does."""
+    return folder.with_name(f"{folder.name}.log")

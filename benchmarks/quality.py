@@ -1,0 +1,169 @@
+"""What each part of the recipe is worth: the arms of a study, judged by GenEval's rules against their teacher.
+
+    python -m linocut.train.study recipes/embedded/quality.toml --run runs/embedded --out runs/quality   # trains arms
+    python benchmarks/quality.py recipes/embedded/quality.toml --run runs/embedded --out runs/quality    # judges them
+    python benchmarks/quality.py ... --table --plot docs/quality.png                                     # tells again
+
+Every arm that is trained is packed and draws prompts of the test split, four pictures each, from the same noise as the
+teacher. The table, Markdown, has for each encoding
+
+- score: mean of the six tasks' means in percent, with its standard error;
+- keeps: its ratio to the teacher's, in percent;
+- from usual: the difference to the arm `usual`, in points, and McNemar's p;
+- gap closed: the share of the way from `usual` to the teacher;
+- PSNR and edges: likeness to the teacher's pictures, and their sharpness beside it (`linocut.train.study.measure`).
+
+Intervals are of 95 %, by bootstrap over prompts. `OUT/quality.json` has it all, with the device and versions.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_loss import facts
+from judging import Judging, judge
+
+from linocut.eval.prompts import read_prompts
+from linocut.eval.report import gather
+from linocut.eval.rules import GENEVAL_TASKS
+from linocut.eval.run import PROMPTS, results
+from linocut.eval.statistics import compare, gap_closed, scores
+from linocut.train.export import export, export_teacher
+from linocut.train.study import ENCODINGS, REPORT, Study
+
+TEACHER, USUAL, IMAGES = "teacher", "usual", 4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="run folder with the autoencoder and the teacher")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the study's arms")
+    parser.add_argument("-n", "--count", type=int, default=553, help="prompts")
+    parser.add_argument("--steps", type=int, help="default: the models'")
+    parser.add_argument("--size", help="pixels, as in 320x192; default: the models'")
+    parser.add_argument("--detector")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--table", action="store_true", help="draw nothing, only tell what is there")
+    parser.add_argument("--plot", type=Path, help="write the scores as a picture, too")
+    given = parser.parse_args()
+    study = Study.from_file(given.study)
+    arms = [(arm, encoding) for encoding in ENCODINGS for arm in study.arms
+            if (given.out / arm / REPORT.format(encoding)).is_file()]
+    if not arms:
+        raise SystemExit(f"{given.out}: no arm of the study is trained yet; run linocut.train.study first")
+    judged = given.out / "-".join(["judged", str(given.count), *([given.size] if given.size else []),
+                                   *([f"{given.steps}-steps"] if given.steps else [])])
+    if not given.table:
+        draw(given, study, arms, judged)
+    found = compared(given.out, arms, judged)
+    (given.out / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(table(found)))
+    if given.plot:
+        plot(found, given.plot)
+    return 0
+
+
+def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], judged: Path) -> None:
+    """Pack what was trained, and judge its pictures and the teacher's."""
+    teacher = given.out / "teacher-model"
+    if not teacher.exists():
+        export_teacher(study.base, given.run, teacher)
+    models = [(TEACHER, teacher)]
+    for arm, encoding in arms:
+        model = given.out / arm / f"model-{encoding}"
+        if not model.exists():
+            export(study.arms[arm], given.out / arm, model, {encoding: "transformer"})
+        models.append((f"{arm}.{encoding}", model))
+    shared = ["--split", "test", "-n", str(given.count), "--images", str(IMAGES), "--device", given.device,
+              "--keep", "none"]
+    for name in ("steps", "size", "detector"):
+        shared += [f"--{name}", str(getattr(given, name))] if getattr(given, name) else []
+    judge([Judging(judged / label, ["-m", f"{label}={model}", *shared]) for label, model in models], given.at_once)
+
+
+def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, Any]:
+    """All figures by encoding and arm."""
+    prompts = read_prompts(judged / TEACHER / PROMPTS)
+    tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
+    right = {label: gather(results(judged / label, label), prompts, IMAGES, label).correct
+             for label in [TEACHER, *(f"{arm}.{encoding}" for arm, encoding in arms)]}
+    estimates = dict(zip(right, scores(np.stack([each.mean(1) for each in right.values()], 1), tasks), strict=True))
+    found: dict[str, Any] = {"device": facts(), "prompts": len(prompts), "images": IMAGES,
+                             TEACHER: {"score": estimates[TEACHER].to_dict()}}
+    for arm, encoding in arms:
+        label, usual = f"{arm}.{encoding}", right.get(f"{USUAL}.{encoding}")
+        row: dict[str, Any] = {"score": estimates[label].to_dict(),
+                               "keeps": compare(right[TEACHER], right[label], tasks).ratio.to_dict(),
+                               "tasks": {name: float(right[label][tasks == index].mean())
+                                         for index, name in enumerate(GENEVAL_TASKS)},
+                               "training": json.loads((out / arm / REPORT.format(encoding)).read_text())}
+        if usual is not None and arm != USUAL:
+            against = compare(usual, right[label], tasks)
+            row |= {"difference": against.difference.to_dict(), "mcnemar_p": against.p,
+                    "gap_closed": gap_closed(right[TEACHER], usual, right[label], tasks).to_dict()}
+        found.setdefault(encoding, {})[arm] = row
+    return found
+
+
+def plain(each: dict[str, Any]) -> str:
+    """Value and standard error in percent."""
+    return f"{100 * each['value']:.2f} +- {100 * each['standard_error']:.2f}"
+
+
+def interval(each: dict[str, Any], digits: int = 1, sign: str = "") -> str:
+    """Value and interval in percent; nothing for a ratio to nothing."""
+    if None in each.values():
+        return "none"
+    value, low, high = (f"{100 * each[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The comparison in Markdown."""
+    lines = [f"{found['prompts']} prompts x {found['images']}, {found['device']['name']}; teacher "
+             f"{plain(found[TEACHER]['score'])}", "",
+             "| encoding | arm | score | keeps | from usual | gap closed | PSNR | edges |",
+             "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for encoding in ENCODINGS:
+        for arm, row in sorted(found.get(encoding, {}).items(), key=lambda each: -each[1]["score"]["value"]):
+            trained = row["training"]
+            beside = ["", ""]
+            if "difference" in row:
+                beside = [f"{interval(row['difference'], sign='+')}, p {row['mcnemar_p']:.1g}",
+                          interval(row["gap_closed"], 0)]
+            lines.append("| " + " | ".join([
+                encoding, arm, plain(row["score"]), interval(row["keeps"]), *beside,
+                f"{trained['psnr_default']:.2f}", f"{trained['edges_default']:.3f}"]) + " |")
+    return lines
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Scores with their intervals, an axis for each encoding, the teacher as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    encodings = [encoding for encoding in ENCODINGS if encoding in found]
+    figure, axes = pyplot.subplots(1, len(encodings), figsize=(5 * len(encodings), 3.2), squeeze=False,
+                                   layout="constrained")
+    for axis, encoding in zip(axes[0], encodings, strict=True):
+        arms = sorted(found[encoding].items(), key=lambda each: each[1]["score"]["value"])
+        for place, (_, row) in enumerate(arms):
+            score = row["score"]
+            axis.plot([100 * score["low"], 100 * score["high"]], [place, place], color="#7a1f3d", linewidth=2)
+            axis.plot(100 * score["value"], place, "o", color="#7a1f3d")
+        axis.axvline(100 * found[TEACHER]["score"]["value"], color="#444", linestyle="--", linewidth=1)
+        axis.set(yticks=range(len(arms)), yticklabels=[arm for arm, _ in arms], title=encoding,
+                 xlabel="mean of six tasks, % (dashed: teacher)")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""`benchmarks/quality.py`: what it tells of a study is what the verdicts say, and the whole chain runs at toy size."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from linocut.eval.run import PROMPTS
+from linocut.train.prompts import sample_prompts
+from linocut.train.study import REPORT
+
+ROOT = Path(__file__).parents[2]
+TRAINED = {"psnr_default": 21.5, "edges_default": 0.93}
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("quality")
+
+
+def write_results(judged: Path, label: str, prompts, right) -> None:
+    folder = judged / label / label
+    folder.mkdir(parents=True)
+    (judged / label / PROMPTS).write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (folder / "results.jsonl").write_text("".join(
+        json.dumps({"prompt": prompt["prompt"], "tag": prompt["tag"], "image": image,
+                    "correct": bool(right(number, image))}) + "\n"
+        for number, prompt in enumerate(prompts) for image in range(4)))
+
+
+def test_the_table_tells_what_was_judged(tmp_path, quality):
+    prompts, judged = sample_prompts("test", 60), tmp_path / "judged"
+    for label, right in {"teacher": lambda *_: True, "usual.binary": lambda _, image: image < 2,
+                         "ours.binary": lambda number, image: image < 2 + (number // 6) % 2}.items():
+        write_results(judged, label, prompts, right)
+    for arm in ("ours", "usual"):
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / REPORT.format("binary")).write_text(json.dumps(TRAINED))
+    found = quality.compared(tmp_path, [("ours", "binary"), ("usual", "binary")], judged)
+    ours, usual = found["binary"]["ours"], found["binary"]["usual"]
+    assert (found["teacher"]["score"]["value"], usual["score"]["value"]) == (1.0, 0.5)
+    assert ours["score"]["value"] == ours["keeps"]["value"] == 0.625
+    assert ours["difference"]["value"] == 0.125
+    assert ours["gap_closed"]["value"] == 0.25
+    assert 0 < ours["gap_closed"]["low"] < 0.25 < ours["gap_closed"]["high"] < 0.5
+    assert ours["mcnemar_p"] == pytest.approx(2.0 ** -29)  # 30 pictures that the usual way alone gets wrong
+    assert "difference" not in usual
+    lines = quality.table(found)
+    assert lines[4].startswith("| binary | ours | 62.50 +- ")
+    assert "| +12.5 (+" in lines[4]
+    assert "| 25 (" in lines[4]
+    assert lines[5].endswith("| 50.0 (50.0 to 50.0) |  |  | 21.50 | 0.930 |")
+    quality.plot(found, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width == 650
+
+
+@pytest.mark.slow
+def test_a_study_from_its_training_to_its_table(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "train"))
+    tiny = importlib.import_module("tiny_recipe")
+    tiny.write_sprites(tmp_path / "sprites")
+    tiny.write_recipe(tmp_path)
+    (tmp_path / "study.toml").write_text('recipe = "recipe.toml"\nseconds = 20\n[arms.ours]\n[arms.usual.qat]\n'
+                                         'rounding = "absmean"\ncalibrate = 0\n[arms.never-trained]\n')
+    arms = [f"--arm={arm}" for arm in ("ours", "usual")]
+    where = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    stages = ["--stage", "vae", "--stage", "teacher", "--sprites", str(tmp_path / "sprites")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run("-m", "linocut.train.stages", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), *stages,
+        "--device", "cpu")
+    with pytest.raises(AssertionError, match="no arm of the study is trained yet"):
+        run(str(ROOT / "benchmarks" / "quality.py"), str(tmp_path / "study.toml"), *where)
+    run("-m", "linocut.train.study", str(tmp_path / "study.toml"), *where, *arms, "--encoding", "ternary")
+    command = [str(ROOT / "benchmarks" / "quality.py"), str(tmp_path / "study.toml"), *where, "-n", "6",
+               "--at-once", "2"]
+    told = run(*command)
+    assert told.count("exit code 0") == 3  # the teacher and two students
+    assert told.count("| ternary |") == 2
+    assert told.endswith(run(*command, "--table"))
+    found = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert set(found["ternary"]) == {"ours", "usual"}
+    assert found["ternary"]["ours"]["training"]["errors"] != found["ternary"]["usual"]["training"]["errors"]
+    assert torch.tensor(list(found["ternary"]["ours"]["tasks"].values())).mean() == pytest.approx(
+        found["ternary"]["ours"]["score"]["value"])
