@@ -18,6 +18,7 @@
 | picture  | whole pictures, warm: ours, dense, compiled                               |  75 |
 | batch    | 1, 2 and 4 pictures of a call at 512 px                                   |  70 |
 | cold     | processes from the shell to a PNG, with empty caches and with full ones   | 200 |
+| budget   | pictures under ever smaller --max-memory: planned and found, pixels       |  90 |
 | products | torch's products at the same shapes, unpacking alone                      |  15 |
 | rows     | what lies between products, attention                                     |  10 |
 | profile  | where the time of a step goes, by kernel                                  |  20 |
@@ -46,15 +47,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from on_gpu import cold, gemlite, parity, pictures, products, steps, targets
+from on_gpu import budget, cold, gemlite, parity, pictures, products, steps, targets
 from on_gpu.bench import Bench, alive, release
 from on_gpu.plot import plot
 
 SECTIONS = {"device": products.device, "parity": parity.parity, "tune": products.tune, "step": steps.step,
             "dense": steps.dense, "compiled": steps.compiled, "text": pictures.text, "decode": pictures.decode,
-            "picture": pictures.picture, "batch": pictures.batch, "cold": cold.cold, "products": products.products,
-            "rows": products.row_kernels, "profile": steps.profile, "embedded": pictures.embedded,
-            "gemlite": gemlite.gemlite}
+            "picture": pictures.picture, "batch": pictures.batch, "cold": cold.cold, "budget": budget.budget,
+            "products": products.products, "rows": products.row_kernels, "profile": steps.profile,
+            "embedded": pictures.embedded, "gemlite": gemlite.gemlite}
 
 
 def main() -> int:

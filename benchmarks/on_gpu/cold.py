@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ _API = """
 import json, sys
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.png import write_png
-folder, out, side, steps, device, prompt = sys.argv[1:]
-result = Pipeline.from_pretrained(folder, device=device, prompt_cache=False)(
+folder, out, side, steps, device, prompt, *limit = sys.argv[1:]
+result = Pipeline.from_pretrained(folder, device=device, prompt_cache=False, max_memory=limit[0] if limit else None)(
     prompt, width=int(side), height=int(side), num_inference_steps=int(steps), seed=0)
 write_png(result.images[0], out, result.recipe)
 print(json.dumps({"timings": result.timings}))
@@ -48,7 +49,7 @@ def cold(bench: Bench) -> list[dict[str, Any]]:
             caches = {name: str(Path(made) / folder) for name, folder in CACHES.items()}
             runs = []
             for number in range(1 + (1 if bench.toy else AGAIN)):
-                runs.append(_run(bench, place, Path(made) / f"{number}.png", caches, way.startswith("linocut")))
+                runs.append(process(bench, place, Path(made) / f"{number}.png", caches))
                 say(f"{encoding}, caches {'there' if number else 'empty'}: {line(runs[-1])}")
             files = [file for file in Path(made).rglob("*") if file.is_file() and file.suffix != ".png"]
             size = sum(file.stat().st_size for file in files)
@@ -59,19 +60,23 @@ def cold(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
+@lru_cache(maxsize=1)
 def _cli_works() -> bool:
     return subprocess.run([sys.executable, "-m", "linocut", "generate", "--help"], capture_output=True,
                           check=False).returncode == 0
 
 
-def _run(bench: Bench, place: Path, picture: Path, caches: dict[str, str], by_cli: bool) -> dict[str, float]:
-    """Seconds of one process by what they went into, and bytes of GPU memory."""
+def process(bench: Bench, place: Path, picture: Path, caches: dict[str, str],
+            limit: int | None = None) -> dict[str, float]:
+    """Seconds of one process by what they went into, and bytes of GPU memory; `limit` is its --max-memory."""
     side = bench.sides[-1]
-    if by_cli:
+    if _cli_works():
         command = ["-m", "linocut", "generate", PROMPT, "--model", str(place), "--size", f"{side}x{side}", "--steps",
                    str(STEPS), "--seed", "0", "--device", DEVICE, "--no-prompt-cache", "--json", "-o", str(picture)]
+        command += ["--max-memory", str(limit)] if limit else []
     else:
         command = ["-c", _API, str(place), str(picture), str(side), str(STEPS), DEVICE, PROMPT]
+        command += [str(limit)] if limit else []
     asked = ("LINOCUT_GPU_ACCURACY", "LINOCUT_GPU_TUNE", "LINOCUT_KERNEL")
     environment = {name: value for name, value in os.environ.items() if name not in asked} | caches
     with tempfile.TemporaryFile() as said, _Watch() as watch:
