@@ -84,10 +84,11 @@ class LatentBank:
 
     @classmethod
     def build(cls, recipe: Recipe, tokenizer: PromptTokenizer, vae: Autoencoder, renderer: SceneRenderer, rank: int,
-              device: torch.device) -> LatentBank:
-        """Make `recipe.data.scenes` scenes of this process: draw, encode, keep."""
-        count, (rows, columns) = recipe.data.scenes, recipe.tokens
-        shape = count, rows * columns, recipe.transformer.in_channels
+              device: torch.device, count: int | None = None) -> LatentBank:
+        """Make `count` scenes (`recipe.data.scenes`) of the renderer's shape: draw, encode, keep. Another `rank` makes
+        other scenes."""
+        count, side = count or recipe.data.scenes, recipe.token_side
+        shape = count, renderer.height // side * (renderer.width // side), recipe.transformer.in_channels
         latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
         names = torch.empty(*shape[:2], 2, dtype=torch.int16, device=device)
         done = 0
@@ -102,7 +103,7 @@ class LatentBank:
                     with torch.no_grad(), autocast(device):
                         z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
                     latents[done + rows] = z.flatten(2).transpose(1, 2).to(latents.dtype)
-                    names[done + rows] = names_of(renderer, table[rows], recipe.data.size // recipe.tokens[0])
+                    names[done + rows] = names_of(renderer, table[rows], side)
                 done += len(part.scenes)
                 yield from (text for group in part.captions for text in group)
 

@@ -22,8 +22,9 @@ from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.calibrate import Batch, calibrate
 from linocut.train.critic import make_critic
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
-from linocut.train.journeys import Journeys
+from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
+from linocut.train.model_parts import Drawer
 from linocut.train.objective import Objective
 from linocut.train.optimize import Average, make_optimizers
 from linocut.train.painter import Painter, grid_levels
@@ -65,12 +66,9 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
                       _channels(recipe, run, teacher, captions, settings.pixels)), run / f"{encoding}.jsonl",
             sheet=_sheet(recipe, run, student, encoding, ranks),
             critic=make_critic(settings.critic, recipe.transformer, ranks, saved), saved=saved)
-        rows, columns = recipe.tokens
-        batch = Journeys(recipe.path, grid_levels(recipe), teacher, CaptionReader(teacher, student, captions),
-                         settings.batch, (rows * columns, recipe.transformer.in_channels),
-                         (recipe.data.text_length, recipe.transformer.joint_attention_dim), device, recipe.data.seed,
-                         bool(settings.contrast), distillation.saved_batch(0))
-        distillation.run([batch])
+        reader = CaptionReader(teacher, student, captions)
+        distillation.run([_journeys(recipe, grid, index, teacher, student, reader, distillation)
+                          for index, grid in enumerate(recipe.grids)])
     average.install()
     set_eps(student.transformer, 0.0)
     if ranks.first:
@@ -78,6 +76,19 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
         snapshot.drop()
         report(recipe, run, teacher, student, encoding)
     ranks.same(0.0)
+
+
+def _journeys(recipe: Recipe, grid: tuple[int, int], index: int, teacher: Painter, student: Painter,
+              reader: CaptionReader, distillation: Distillation) -> Journeys:
+    """A batch of pictures of one shape on their way, number `index` of those that take turns."""
+    device, settings = distillation.ranks.device, distillation.settings
+    drawers: list[Network] = [teacher, student]
+    if grid != recipe.tokens:
+        drawers = [Drawer(painter.transformer, grid, recipe.data.text_length, device) for painter in (teacher, student)]
+    return Journeys(recipe.path, grid_levels(recipe, grid), drawers[0], reader, settings.batch,
+                    (grid[0] * grid[1], recipe.transformer.in_channels),
+                    (recipe.data.text_length, recipe.transformer.joint_attention_dim), device, recipe.data.seed + index,
+                    bool(settings.contrast), distillation.saved_batch(index), drawers[1])
 
 
 class CaptionReader:

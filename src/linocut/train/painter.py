@@ -48,9 +48,10 @@ class Painter(nn.Module):
         """Text features [B, T, taps * width]."""
         return self.text_encoder(ids, mask)
 
-    def velocity(self, latents: Tensor, text: Tensor, sigma: Tensor) -> Tensor:
-        """Velocity, float32 [B, I, 4C]."""
-        return self.transformer(latents, text, sigma, self.image_ids, self.text_ids).float()
+    def velocity(self, latents: Tensor, text: Tensor, sigma: Tensor, image_ids: Tensor | None = None) -> Tensor:
+        """Velocity, float32 [B, I, 4C]; `image_ids` are those of a square unless given."""
+        ids = self.image_ids if image_ids is None else image_ids
+        return self.transformer(latents, text, sigma, ids, self.text_ids).float()
 
     def features(self, latents: Tensor, text: Tensor, sigma: Tensor) -> list[Tensor]:
         """The image tokens [B, I, width] that leave each block."""
@@ -84,9 +85,9 @@ def euler(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, text:
     return x
 
 
-def grid_levels(recipe: Recipe) -> list[float]:
-    """The noise levels of the sampler's grid, from 1 to 0."""
-    rows, columns = recipe.tokens
+def grid_levels(recipe: Recipe, tokens: tuple[int, int] | None = None) -> list[float]:
+    """The noise levels of the sampler's grid, from 1 to 0, for a square picture or one of other rows and columns."""
+    rows, columns = tokens or recipe.tokens
     levels: list[float] = sigmas(rows * columns, recipe.path.grid).tolist()
     return levels
 

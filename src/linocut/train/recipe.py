@@ -29,9 +29,13 @@ def _check_share(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Scenes: `size` pixels a side, `scenes` per process, `captions` wordings of each, `text_length` tokens."""
+    """Scenes: `size` pixels a side, `scenes` per process, `captions` wordings of each, `text_length` tokens.
+
+    Teacher and students also see pictures of other `shapes`, (width, height) in pixels: half of what they learn from
+    is square, and these share the rest. A model that saw squares alone composes squares, whatever it is asked for."""
 
     size: int = 256
+    shapes: tuple[tuple[int, int], ...] = ()
     scenes: int = 300_000
     captions: int = 3
     text_length: int = 64
@@ -213,6 +217,10 @@ class Recipe:
         """Raises UsageError if parts do not fit one another; `path` is where they were read."""
         if self.policy not in FLUX2_PRESETS:
             raise UsageError(f"{path}: unknown policy {self.policy!r}; choose from {', '.join(FLUX2_PRESETS)}")
+        for shape in self.data.shapes:
+            if len(shape) != 2 or any(side % self.token_side or side < self.token_side for side in shape):
+                raise UsageError(f"{path}: data.shapes are [width, height] in multiples of {self.token_side} pixels, "
+                                 f"found {list(shape)}")
         features = len(self.text_taps) * self.text_encoder.hidden_size
         if features != self.transformer.joint_attention_dim:
             raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "
@@ -236,10 +244,21 @@ class Recipe:
         return Policy.preset(self.policy, encoding)
 
     @property
+    def token_side(self) -> int:
+        """Pixels of a token's side."""
+        return 2 * 2 ** (len(self.autoencoder.block_out_channels) - 1)
+
+    @property
     def tokens(self) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
-        side = self.data.size // (2 * 2 ** (len(self.autoencoder.block_out_channels) - 1))
+        """Rows and columns of a square picture's tokens."""
+        side = self.data.size // self.token_side
         return side, side
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of tokens by turn: squares at every other one if there are further shapes."""
+        others = [(height // self.token_side, width // self.token_side) for width, height in self.data.shapes]
+        return [grid for other in others for grid in (self.tokens, other)] or [self.tokens]
 
 
 def section(kind: type[T], table: Mapping[str, Any], name: str, path: Path) -> T:
@@ -248,4 +267,9 @@ def section(kind: type[T], table: Mapping[str, Any], name: str, path: Path) -> T
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if set(values) - known:
         raise UsageError(f"{path}: unknown keys {sorted(set(values) - known)} in [{name}]; known are {sorted(known)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return kind(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, those within lists too."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -7,6 +7,7 @@ on a GPU, so a training set is drawn where it is used.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,16 +29,17 @@ _STARS = 70
 
 
 class SceneRenderer:
-    """Renders batches of scenes as images [B, 3, size, size] in [-1, 1].
+    """Renders batches of scenes as images [B, 3, size, size] in [-1, 1], or of another shape (`reshaped`).
 
     `sprites` is the folder with one `<code point>.webp` per object, `things` the objects to load (all of them if left
-    out; scenes may hold no others). Raises ModelNotFoundError for a missing sprite.
+    out; scenes may hold no others), `least` the shortest side that a canvas will have. Raises ModelNotFoundError for a
+    missing sprite.
     """
 
     def __init__(self, sprites: Path, size: int = 256, device: torch.device | str = "cpu",
-                 things: Iterable[int] | None = None) -> None:
-        self.size, self.device = size, torch.device(device)
-        smallest = max(STEP, int(size * SMALLEST) // STEP * STEP)
+                 things: Iterable[int] | None = None, least: int | None = None) -> None:
+        self.device = torch.device(device)
+        smallest = max(STEP, int(min(size, least or size) * SMALLEST) // STEP * STEP)
         sizes = range(smallest, -(-int(size * LARGEST) // STEP) * STEP + 1, STEP)
         chosen = sorted(set(range(len(objects())) if things is None else things))
         self._row = {thing: row for row, thing in enumerate(chosen)}
@@ -45,7 +47,19 @@ class SceneRenderer:
         self.atlas = load_atlas(sprites, [objects()[thing] for thing in chosen], sizes, self.device)
         self._starts = torch.tensor(self.atlas.starts, device=self.device)
         self._ramps = _ramp_table().to(self.device)
-        self._profiles, self._stars, self._ground = (part.to(self.device) for part in _background_tables(size))
+        self._set_shape(size, size)
+
+    def _set_shape(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        tables = _background_tables(height, width)
+        self._profiles, self._stars, self._ground = (part.to(self.device) for part in tables)
+
+    def reshaped(self, height: int, width: int) -> SceneRenderer:
+        """A renderer of canvases [height, width] with the same sprites. Things are as large as on a square of the
+        shorter side and at least as far apart, so that they still do not overlap."""
+        other = copy.copy(self)
+        other._set_shape(height, width)
+        return other
 
     def looks(self, scenes: Sequence[Scene]) -> Tensor:
         """Background and style of each scene: int64 [B, 2]."""
@@ -58,26 +72,28 @@ class SceneRenderer:
         The thing is its row in this renderer's atlas, the level its size.
         """
         rows, sizes = np.full((len(placements), MAX_OBJECTS, 5), -1, np.int32), self.atlas.sizes
+        shorter = min(self.height, self.width)
         for b, scene in enumerate(placements):
             for k, p in enumerate(scene):
-                level = min(max(round((p.size * self.size - sizes[0]) / STEP), 0), len(sizes) - 1)
+                level = min(max(round((p.size * shorter - sizes[0]) / STEP), 0), len(sizes) - 1)
                 half = sizes[level] / 2
                 tint = 0 if p.colour is None else p.colour + 1
-                rows[b, k] = (tint, self._row[p.thing], level, round(p.x * self.size - half),
-                              round(p.y * self.size - half))
+                rows[b, k] = (tint, self._row[p.thing], level, round(p.x * self.width - half),
+                              round(p.y * self.height - half))
         return torch.from_numpy(rows).to(self.device)
 
     def draw(self, table: Tensor, looks: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
-        """Images [B, 3, size, size] in [-1, 1] from `table` and `looks`.
+        """Images [B, 3, height, width] in [-1, 1] from `table` and `looks`.
 
         `window` (top, left, side), all multiples of BLOCK, draws only that square of each scene.
         """
-        top, left, side = window or (0, 0, self.size)
-        rows = torch.arange(top, top + side, device=self.device, dtype=torch.int32)[None, :, None]
-        columns = torch.arange(left, left + side, device=self.device, dtype=torch.int32)[None, None, :]
+        top, left, side = window or (0, 0, 0)
+        bottom, right = (top + side, left + side) if window else (self.height, self.width)
+        rows = torch.arange(top, bottom, device=self.device, dtype=torch.int32)[None, :, None]
+        columns = torch.arange(left, right, device=self.device, dtype=torch.int32)[None, None, :]
         background, style = looks.unbind(1)
-        canvas = self._profiles[background][:, :, top:top + side, None].expand(-1, -1, -1, side)
-        stars = self._stars[background][:, None, top:top + side, left:left + side]
+        canvas = self._profiles[background][:, :, top:bottom, None].expand(-1, -1, -1, right - left)
+        stars = self._stars[background][:, None, top:bottom, left:right]
         canvas = canvas + stars * (1 - canvas)
         things = _columns(table)
         canvas = canvas * self._shadows(things, rows, columns, self._ground[background])[:, None]
@@ -90,14 +106,16 @@ class SceneRenderer:
         return self._styled(canvas, style) * 2 - 1
 
     def covers(self, table: Tensor, patch: int) -> Tensor:
-        """Which thing is seen in most of each square of `patch` pixels: int64 [B, size / patch, size / patch].
+        """Which thing is seen in most of each square of `patch` pixels: int64 [B, height / patch,
+        width / patch].
 
         The number of its placement, or -1 where none takes a quarter of the square.
         """
-        along = torch.arange(self.size, device=self.device, dtype=torch.int32)
+        rows, columns = (torch.arange(side, device=self.device, dtype=torch.int32)
+                         for side in (self.height, self.width))
         seen: list[Tensor] = []
         for _, thing, level, x0, y0 in _columns(table):
-            _, alpha = self._texels(thing, level, along[None, :, None] - y0, along[None, None, :] - x0)
+            _, alpha = self._texels(thing, level, rows[None, :, None] - y0, columns[None, None, :] - x0)
             seen = [*(below * (1 - alpha) for below in seen), alpha]
         share, owner = F.avg_pool2d(torch.stack(seen, 1), patch).max(1)
         return torch.where(share >= 0.25, owner, -1)
@@ -153,17 +171,17 @@ def _ramp_table() -> Tensor:
     return rows.flatten()
 
 
-def _background_tables(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each background the colours from top to bottom [N, 3, size], its stars [N, size, size], and whether things
-    throw shadows on it [N]."""
-    heights = (np.arange(size) + 0.5) / size
-    profiles = np.array([[background_rgb(background, height) for height in heights]
+def _background_tables(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each background the colours from top to bottom [N, 3, height], its stars [N, height, width], and whether
+    things throw shadows on it [N]."""
+    heights = (np.arange(height) + 0.5) / height
+    profiles = np.array([[background_rgb(background, place) for place in heights]
                          for background in BACKGROUNDS.values()], np.float32)
-    sky = np.zeros((size, size), np.float32)
+    sky = np.zeros((height, width), np.float32)
     source = np.random.default_rng(1)
     for x, y, glow in zip(source.random(_STARS), source.random(_STARS) * 0.98, source.random(_STARS), strict=True):
-        distance = ((np.arange(size) - x * size)[None, :] ** 2 + (np.arange(size) - y * size)[:, None] ** 2)
-        sky = np.maximum(sky, (0.35 + 0.6 * glow) * np.exp(-distance / (0.4 + 0.9 * glow * size / 256)))
+        distance = ((np.arange(width) - x * width)[None, :] ** 2 + (np.arange(height) - y * height)[:, None] ** 2)
+        sky = np.maximum(sky, (0.35 + 0.6 * glow) * np.exp(-distance / (0.4 + 0.9 * glow * min(height, width) / 256)))
     stars = [sky * (heights < 0.62 if background.ground else True)[:, None] if background.stars and background.ground
              else sky * background.stars for background in BACKGROUNDS.values()]
     return (torch.from_numpy(profiles).transpose(1, 2).clamp(0, 1).contiguous(),

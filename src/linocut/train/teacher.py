@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linocut.models.autoencoder import Autoencoder
+from linocut.models.flux2 import image_position_ids
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer
 from linocut.train.loop import Ranks, Schedule, autocast
@@ -42,17 +43,19 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     state = State(run / "teacher", learners, average, optimizers)
     schedule = Schedule(settings, ranks, state.restore())
     if schedule.steps > schedule.step:
-        bank = _bank(recipe, run, sprites, ranks, vae)
+        banks = _banks(recipe, run, sprites, ranks, vae)
+        places = [image_position_ids(*grid, device=device) for grid in recipe.grids]
         painter.compile_blocks(device)
         torch.manual_seed(recipe.data.seed + 3 + ranks.rank + schedule.step * ranks.world)
-        channels = _channels(recipe, vae, bank, ranks)
+        channels = _channels(recipe, vae, banks[0], ranks)
     mean: Tensor | None = None
     for step in schedule:
-        latents, names, ids, mask = bank.sample(settings.batch)
+        turn = step % len(banks)
+        latents, names, ids, mask = banks[turn].sample(settings.batch)
         noise, sigma = torch.randn_like(latents), training_sigmas(recipe, settings.batch, device)
         noisy = latents + sigma[:, None, None] * (noise - latents)
         with autocast(device):
-            v = painter.velocity(noisy, painter.read(ids, mask), sigma)
+            v = painter.velocity(noisy, painter.read(ids, mask), sigma, places[turn])
             naming = head.loss(names)
         squares = (v - (noise - latents)).square()
         loss = squares.detach().mean()
@@ -78,13 +81,21 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     ranks.same(0.0)
 
 
-def _bank(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks, vae: Autoencoder) -> LatentBank:
-    renderer = SceneRenderer(sprites, recipe.data.size, ranks.device)
-    bank = LatentBank.build(recipe, make_tokenizer(recipe, run / "tokenizer"), vae, renderer, ranks.rank, ranks.device)
+def _banks(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks, vae: Autoencoder) -> list[LatentBank]:
+    """Scenes for every turn of `recipe.grids`, equally many; squares are the same ones at each of their turns."""
+    tokenizer, grids = make_tokenizer(recipe, run / "tokenizer"), recipe.grids
+    least = min(side * recipe.token_side for grid in grids for side in grid)
+    renderer = SceneRenderer(sprites, recipe.data.size, ranks.device, least=least)
+    made: dict[tuple[int, int], LatentBank] = {}
+    for grid in dict.fromkeys(grids):
+        shaped = renderer if grid == recipe.tokens else renderer.reshaped(*(side * recipe.token_side for side in grid))
+        made[grid] = LatentBank.build(recipe, tokenizer, vae, shaped, ranks.rank + 500 * len(made), ranks.device,
+                                      recipe.data.scenes * grids.count(grid) // len(grids))
     if ranks.first:
-        deviation = float(bank.latents[:1000].float().std())
-        print(f"  {len(bank.latents)} scenes a process, latent deviation {deviation:.2f}", flush=True)
-    return bank
+        deviation = float(made[recipe.tokens].latents[:1000].float().std())
+        count = sum(len(bank.latents) for bank in made.values())
+        print(f"  {count} scenes a process, latent deviation {deviation:.2f}", flush=True)
+    return [made[grid] for grid in grids]
 
 
 def _channels(recipe: Recipe, vae: Autoencoder, bank: LatentBank, ranks: Ranks) -> Tensor:
