@@ -96,11 +96,11 @@ def test_half_of_the_turns_are_squares(tmp_path):
     assert Recipe.from_file(write_recipe(tmp_path)).grids == [(2, 2)]
 
 
-@pytest.mark.parametrize("shapes", ["[[48, 40]]", "[[48]]", "[[0, 32]]"])
+@pytest.mark.parametrize("shapes", ["[[48, 40]]", "[[48]]", "[[0, 32]]", "[48, 32]", '[["48", 32]]', "[[48.0, 32]]"])
 def test_shapes_that_make_no_sense_are_refused(tmp_path, shapes):
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace("size = 32", f"size = 32\nshapes = {shapes}"))
-    with pytest.raises(UsageError, match=r"data\.shapes are \[width, height\] in multiples of 16 pixels, found"):
+    with pytest.raises(UsageError, match=r"data\.shapes are \[\[width, height\], \.\.\.\] in multiples of 16 pixels, found"):
         Recipe.from_file(path)
 
 

@@ -218,9 +218,10 @@ class Recipe:
         if self.policy not in FLUX2_PRESETS:
             raise UsageError(f"{path}: unknown policy {self.policy!r}; choose from {', '.join(FLUX2_PRESETS)}")
         for shape in self.data.shapes:
-            if len(shape) != 2 or any(side % self.token_side or side < self.token_side for side in shape):
-                raise UsageError(f"{path}: data.shapes are [width, height] in multiples of {self.token_side} pixels, "
-                                 f"found {list(shape)}")
+            pair = isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(side, int) for side in shape)
+            if not pair or any(side % self.token_side or side < self.token_side for side in shape):
+                raise UsageError(f"{path}: data.shapes are [[width, height], ...] in multiples of {self.token_side} "
+                                 f"pixels, found {shape!r}")
         features = len(self.text_taps) * self.text_encoder.hidden_size
         if features != self.transformer.joint_attention_dim:
             raise UsageError(f"{path}: joint_attention_dim must be taps x hidden_size = {features}, "
