@@ -100,7 +100,7 @@ def test_half_of_the_turns_are_squares(tmp_path):
 def test_shapes_that_make_no_sense_are_refused(tmp_path, shapes):
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace("size = 32", f"size = 32\nshapes = {shapes}"))
-    with pytest.raises(UsageError, match=r"data\.shapes are \[\[width, height\], \.\.\.\] in multiples of 16 pixels, found"):
+    with pytest.raises(UsageError, match=r"data\.shapes are \[\[width, height\], \.\.\.\] in multiples of 16 pixels"):
         Recipe.from_file(path)
 
 
