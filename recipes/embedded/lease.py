@@ -13,6 +13,8 @@ idles takes everything with it: call `watch` again at once, and take the teacher
 needs nothing but Python's library, and can be tried without a GPU:
 
     python recipes/embedded/lease.py start --recipe recipes/tiny-cpu.toml --device cpu --budget 200 --root /tmp/try
+
+With `--study` the teacher's students are the arms of a study, as many as there is time for; they are judged at the end.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ RECIPE = "recipes/embedded/recipe.toml"
 SHIPPED_VAE = Path("src/linocut/data/embedded/vae/diffusion_pytorch_model.safetensors")
 PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
 GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
+EXPORTING, JUDGING = 75.0, 170.0  # seconds that students, and arms of a study, leave at the end
 STUDENTS = ("ternary", "binary")
 
 
@@ -50,15 +53,16 @@ class Plan:
     vae: float
     teacher: float
     students: float
+    study: str = ""
 
     @classmethod
     def make(cls, recipe: str, device: str, devices: int, budget: float, have_vae: bool = False,
-             distil: float | None = None) -> Plan:
+             distil: float | None = None, study: str = "") -> Plan:
         """Shares of a budget: the autoencoder goes on from what ships and needs little, the students have `distil`
         seconds or a third, and the teacher what is left."""
-        students = budget - min(75.0, 0.2 * budget)
+        students = budget - min(JUDGING if study else EXPORTING, 0.2 * budget)
         vae = 0.0 if have_vae else min(95.0, 0.2 * budget)
-        return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students)
+        return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students, study)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Conductor:
     def conduct(self) -> None:
         plan = self.plan
         # With a teacher at hand the students are next, and show their mistakes as soon as a rehearsal would.
-        if not (self.root / "rehearsal").exists() and not self.finished("teacher"):
+        if not (self.root / "rehearsal").exists() and not self.finished("teacher") and not plan.study:
             threading.Thread(target=self.rehearse, daemon=True).start()
         done = self.folder / "vae.done"
         if not done.exists() and self.attempt("vae", plan.vae, self.together("vae", plan.vae)):
@@ -93,6 +97,9 @@ class Conductor:
                 self.say("all done: nothing can follow without a teacher")
                 return
             threading.Thread(target=self.pack_teacher).start()  # the students need not wait for it
+        if plan.study:
+            self.study()
+            return
         todo = [name for name in STUDENTS if not self.finished(name)]
         self.attempt("students", plan.students, [self.task(name, plan.students, rank) for rank, name in
                                                  enumerate(todo)], apart=True)
@@ -100,6 +107,20 @@ class Conductor:
             self.pack("model", "model", *(f"{name}.png" for name in STUDENTS))
         for name in filter(self.finished, STUDENTS):
             self.pack(name, self.slim(name))
+        self.say("all done")
+
+    def study(self) -> None:
+        """Arms one after another, as long as there is time; then all that are there are judged, and packed."""
+        plan, out = self.plan, self.folder / "study"
+        shared = [plan.study, "--run", str(self.folder), "--out", str(out), "--device", plan.device]
+        arms = [sys.executable, "-m", "linocut.train.study", *shared, "--devices", str(plan.devices), "--until",
+                str(self.started + plan.students)]
+        self.attempt("study", plan.students, [Task("study", arms)])
+        judge = [sys.executable, "benchmarks/quality.py", *shared, "--at-once", "6" if plan.device == "cuda" else "1"]
+        self.attempt("judging", plan.budget, [Task("judging", judge)])
+        wanted = ("*", "*/*.*", "*/model-*/transformer/*", "judged*/**/*")  # no latent weights, nothing twice
+        files = {path for pattern in wanted for path in out.glob(pattern) if path.is_file()}
+        self.pack("model", *(str(path.relative_to(self.folder)) for path in sorted(files)))
         self.say("all done")
 
     def pack_teacher(self) -> None:
@@ -227,7 +248,8 @@ def start(options: argparse.Namespace) -> None:
     shutil.rmtree(root / "code", ignore_errors=True)
     unneeded = shutil.ignore_patterns("studio", "transformer-binary", "__pycache__", "*.so")
     shutil.copytree("src/linocut", root / "code" / "src" / "linocut", ignore=unneeded)
-    shutil.copytree("recipes", root / "code" / "recipes", ignore=unneeded)
+    for folder in ("recipes", "benchmarks"):
+        shutil.copytree(folder, root / "code" / folder, ignore=unneeded)
     shutil.copytree(options.sprites, root / "code" / "sprites")
     run = root / "run"
     if options.have:
@@ -238,7 +260,7 @@ def start(options: argparse.Namespace) -> None:
         shutil.copy(SHIPPED_VAE, run / "vae" / "model.safetensors")
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
                                                                 options.budget, bool(options.have),
-                                                                options.distil))))
+                                                                options.distil, options.study))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdin=subprocess.DEVNULL,
@@ -314,6 +336,7 @@ def main() -> None:
             each.add_argument("--devices", type=int, default=2)
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
             each.add_argument("--distil", type=float, help="seconds of them for the students")
+            each.add_argument("--study", default="", help="train this study's arms instead of students")
         elif name == "watch":
             each.add_argument("--seconds", type=float, default=560)
             each.add_argument("--home", type=Path, help="folder for results")

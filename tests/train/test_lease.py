@@ -51,6 +51,26 @@ def test_with_a_teacher_at_hand_the_students_come_first(tmp_path, monkeypatch, t
     assert ran == (["students", "export"] if teacher else ["rehearsal", "teacher"])
 
 
+def test_a_study_is_trained_judged_and_packed_without_what_is_large(tmp_path, monkeypatch):
+    made, ran = conductor(tmp_path), []
+    made.plan = lease.Plan.make("recipe.toml", "cuda", 1, 1600, True, 950, "study.toml")
+    assert made.plan.teacher == 1600 - lease.JUDGING - 950
+    monkeypatch.setattr(made, "attempt", lambda name, *_, **__: ran.append(name) or True)
+    made.folder.joinpath("vae.done").touch()
+    for path in ("ours/binary/model.safetensors", "ours/teacher/x", "ours/model-binary/transformer/x",
+                 "ours/binary.report.json", "teacher-model/x", "quality.json", "judged-553/ours.binary/report.json"):
+        made.folder.joinpath("study", path).parent.mkdir(parents=True, exist_ok=True)
+        made.folder.joinpath("study", path).write_text(path)
+    made.conduct()
+    assert ran == ["teacher", "study", "judging"]
+    lease.take_home(made.root, tmp_path / "home")
+    lease.join(lease.argparse.Namespace(folder=tmp_path / "home", out=tmp_path / "joined"))
+    found = {path.relative_to(tmp_path / "joined" / "study").as_posix() for path in tmp_path.glob("joined/study/**/*")
+             if path.is_file()}
+    assert found == {"ours/model-binary/transformer/x", "ours/binary.report.json", "quality.json",
+                     "judged-553/ours.binary/report.json"}
+
+
 def test_results_come_home_in_parts_and_are_joined(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lease, "PART_BYTES", 30_000)
     monkeypatch.setattr(lease, "HOME_BYTES", 130_000)

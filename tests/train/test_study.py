@@ -56,6 +56,25 @@ def test_arms_vary_what_they_say_and_nothing_else(trained):
     assert muon.path == plain.path == study.base.path
 
 
+def test_all_arms_share_what_the_study_says_and_draw_squares(trained):
+    text = (trained / "recipe.toml").read_text().replace("[data]", "[data]\nshapes = [[64, 32]]")
+    (trained / "shapes.toml").write_text(text)
+    (trained / "shared.toml").write_text('recipe = "shapes.toml"\nseconds = 3\n[qat]\nlr = 5e-3\nwarmup = 2\n[arms.a]\n'
+                                         '[arms.b.qat]\nlr = 6e-3\n')
+    a, b = Study.from_file(trained / "shared.toml").arms.values()
+    assert (a.binary.lr, a.ternary.warmup, b.binary.lr, b.binary.warmup) == (5e-3, 2, 6e-3, 2)
+    assert a.grids == b.grids == [a.tokens]
+
+
+def test_arms_that_would_take_too_long_are_left(trained, tmp_path):
+    command = [sys.executable, "-m", "linocut.train.study", str(trained / "study.toml"), "--run", str(trained / "run"),
+               "--out", str(tmp_path), "--until", "1"]
+    said = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+                          check=True).stdout
+    assert said.startswith("no time for plain ternary, plain binary, muon ternary, muon binary\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("text", "found"), [
     ('recipe = "recipe.toml"\nseconds = 1\n', "not a readable study"),
     (ARMS + "[arms.x]\nlr = 1\n", "unknown tables.*known are qat and path"),

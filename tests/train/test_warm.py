@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_recipe import write_recipe, write_sprites
 
-from linocut.errors import FormatError
+from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import dequantize
 from linocut.train.dataset import make_tokenizer
@@ -105,3 +105,27 @@ def test_the_teacher_begins_with_it(published, tmp_path):
     with Checkpoint.open(root / "model" / "transformer") as before, Checkpoint.open(tmp_path / "teacher") as after:
         assert torch.equal(torch.from_numpy(after.array("transformer.x_embedder.weight")).half(),
                            torch.from_numpy(before.array("x_embedder.weight")))
+
+
+def test_a_text_encoder_that_is_kept_ships_as_it_was(published, tmp_path):
+    root, _ = published
+    text = (root / "recipe.toml").read_text().replace("[teacher]", '[teacher]\nstart = "model"\nkeep_text = true')
+    (root / "kept.toml").write_text(text)
+    kept = Recipe.from_file(root / "kept.toml")
+    (tmp_path / "vae").symlink_to(root / "run" / "vae")
+    for stage in ("teacher", "binary"):
+        run_stage(stage, kept, tmp_path, root / "sprites", "cpu")
+    export(kept, tmp_path, tmp_path / "model", {"binary": "transformer-binary"})
+    for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (root / "model" / name).read_bytes()
+    with Checkpoint.open(root / "model" / "transformer") as before, Checkpoint.open(tmp_path / "teacher") as after:
+        assert not torch.equal(torch.from_numpy(after.array("transformer.x_embedder.weight")).half(),
+                               torch.from_numpy(before.array("x_embedder.weight")))
+
+
+def test_a_text_encoder_to_keep_must_be_named(published):
+    root, _ = published
+    (root / "none.toml").write_text((root / "recipe.toml").read_text().replace("[teacher]",
+                                                                               "[teacher]\nkeep_text = true"))
+    with pytest.raises(UsageError, match=r"keep_text needs a model folder.*set teacher.start"):
+        Recipe.from_file(root / "none.toml")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from linocut.models.convert import quantize_, set_eps, set_rounding
-from linocut.quantize.policy import Policy
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.calibrate import Batch, calibrate
 from linocut.train.critic import make_critic
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
+from linocut.train.export import round_text
 from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.model_parts import Drawer
@@ -41,7 +41,7 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     device = ranks.device
     teacher, student = Painter.load(recipe, run / "teacher", device), Painter.load(recipe, run / "teacher", device)
     # The student reads the text encoder that it will be shipped with, so that it learns to make up for its rounding.
-    quantize_(student.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
+    round_text(student, recipe)
     quantize_(student.transformer, recipe.packing(encoding), fake=True, eps=settings.residual)
     set_rounding(student.transformer, settings.rounding)
     student.transformer.requires_grad_(True)

@@ -29,6 +29,7 @@ from linocut.train.scenes import LOOSE_RELATIONS, MAX_OBJECTS, RELATIONS, SIZES,
 from linocut.train.vocabulary import objects
 from linocut.train.weights import load_weights, to_arrays
 
+TEXT_POLICY = Policy.preset("qwen3", "affine4")
 FOLDERS = {"ternary": "transformer", "binary": "transformer-binary"}
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
              "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
@@ -46,8 +47,11 @@ def export(recipe: Recipe, run: Path, target: Path, folders: Mapping[str, str] =
         folder = target / folders[encoding]
         _write_packed(folder, "diffusion_pytorch_model.safetensors", painter.transformer,
                       recipe.transformer.to_dict(), policy)
-        _write_packed(target / "text_encoder", "model.safetensors", painter.text_encoder,
-                      recipe.text_encoder.to_dict(), Policy.preset("qwen3", "affine4"))
+        if recipe.teacher.keep_text:
+            shutil.copytree(Path(recipe.teacher.start) / "text_encoder", target / "text_encoder", dirs_exist_ok=True)
+        else:
+            _write_packed(target / "text_encoder", "model.safetensors", painter.text_encoder,
+                          recipe.text_encoder.to_dict(), TEXT_POLICY)
     print(f"  wrote {target} ({', '.join(found)}): {folder_bytes(target) / 1e6:.2f} MB", flush=True)
 
 
@@ -79,10 +83,16 @@ def _write_surroundings(recipe: Recipe, run: Path, target: Path) -> None:
 def quantized(recipe: Recipe, encoding: str) -> Painter:
     """A painter with fake-quantized layers, ready for the latent weights of a student."""
     painter = Painter(recipe)
-    quantize_(painter.text_encoder, Policy.preset("qwen3", "affine4"), fake=True)
+    round_text(painter, recipe)
     quantize_(painter.transformer, recipe.packing(encoding), fake=True)
     set_rounding(painter.transformer, getattr(recipe, encoding).rounding)
     return painter
+
+
+def round_text(painter: Painter, recipe: Recipe) -> None:
+    """The text encoder in four bits, as it will be shipped. One that is kept is what it will be."""
+    if not recipe.teacher.keep_text:
+        quantize_(painter.text_encoder, TEXT_POLICY, fake=True)
 
 
 def model_index(recipe: Recipe) -> dict[str, object]:

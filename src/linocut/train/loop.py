@@ -205,6 +205,8 @@ def autocast(device: torch.device) -> torch.autocast:
 def compile_blocks(module: nn.Module, device: torch.device, kinds: tuple[type[nn.Module], ...]) -> None:
     """Compile the repeated blocks of a network on a GPU: one short compilation per kind, not per depth."""
     if device.type == "cuda":
+        # One for each shape of picture, size of batch and kind of gradient; beyond the limit torch stops compiling.
+        torch._dynamo.config.cache_size_limit = 64
         for block in module.modules():
             if isinstance(block, kinds):
                 block.compile(dynamic=False)

@@ -67,11 +67,14 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def make_optimizers(module: nn.Module, lr: float, weight_decay: float, muon: bool,
                     dense_lr: float | None = None) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW for everything else, at `dense_lr` if given; or AdamW for all."""
+    """Muon for the matrices inside blocks, AdamW for everything else that learns, at `dense_lr` if given; or
+    AdamW for all."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     apart = muon or dense_lr is not None
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         in_block = parameter.ndim == 2 and ("blocks." in name or "layers." in name)
         (matrices if apart and in_block else others).append(parameter)
 

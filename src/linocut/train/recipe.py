@@ -79,16 +79,21 @@ class VaeSettings(StageSettings):
 class TeacherSettings(StageSettings):
     """`muon` orthogonalizes the updates of block matrices; `naming` weighs the loss of the naming head at the start.
     A share `pixels` of what a latent channel counts goes by how much it shows in the picture (`visibility`).
-    `start` is a model folder, relative to the recipe's, whose weights the teacher begins with; empty: from nothing."""
+    `start` is a model folder, relative to the recipe's, whose weights the teacher begins with; empty: from nothing.
+    With `keep_text` its text encoder and tokenizer stay as they are, and students of either encoding can take the place
+    of those in that folder one by one."""
 
     muon: bool = True
     weight_decay: float = 0.01
     naming: float = 0.05
     pixels: float = 0.0
     start: str = ""
+    keep_text: bool = False
 
     def __post_init__(self) -> None:
         _check_share("pixels", self.pixels)
+        if self.keep_text and not self.start:
+            raise UsageError("teacher.keep_text needs a model folder whose text encoder to keep: set teacher.start")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
     python -m linocut.train.study recipes/embedded/study.toml --run runs/embedded --out runs/study            # all arms
     python -m linocut.train.study recipes/embedded/study.toml --run runs/embedded --out runs/study --arm muon
 
-An arm is the recipe with other settings: `[arms.NAME.qat]` replaces settings of stages `ternary` and `binary`,
-`[arms.NAME.path]` those of the path. Each arm and encoding is one process on one GPU, `--devices` of them at a time,
-and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run again, and what was cut goes on from
-its saved state. All arms are measured alike, by the recipe's own path. The table is sorted by the likeness of pictures.
+An arm is the recipe with other settings: `[qat]`, for all arms, and `[arms.NAME.qat]` replace settings of stages
+`ternary` and `binary`, `[arms.NAME.path]` those of the path. Each arm and encoding is one process on one GPU,
+`--devices` of them at a time, and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run
+again, and what was cut goes on from its saved state. All arms draw squares, whatever shapes the recipe has, and are
+measured alike, by the recipe's own path. The table is sorted by the likeness of pictures.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from linocut.train.recipe import PathSettings, QatSettings, Recipe, section
 ENCODINGS = ("ternary", "binary")
 SHARED = ("teacher", "vae", "tokenizer")  # of the run folder
 PROMPTS = 256  # of split dev, on which arms are measured
+SETUP = 30.0  # seconds of an arm beside its training, about
 REPORT = "{}.report.json"
 
 
@@ -40,6 +42,7 @@ class Study:
 
     arms: dict[str, Recipe]
     base: Recipe
+    seconds: float
 
     @classmethod
     def from_file(cls, path: Path, seconds: float | None = None) -> Study:
@@ -47,18 +50,20 @@ class Study:
         try:
             table = tomllib.loads(path.read_text("utf-8"))
             base = Recipe.from_file(path.parent / table["recipe"])
+            base = replace(base, data=replace(base.data, shapes=()))
             limit = float(seconds or table["seconds"])
-            arms = {name: _arm(base, changes, limit, path) for name, changes in table["arms"].items()}
+            arms = {name: _arm(base, table.get("qat", {}), changes, limit, path)
+                    for name, changes in table["arms"].items()}
         except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
             raise UsageError(f"{path}: not a readable study (keys recipe and seconds, tables arms.NAME): "
                              f"{error!r}") from error
-        return cls(arms, base)
+        return cls(arms, base, limit)
 
 
-def _arm(base: Recipe, changes: dict[str, Any], seconds: float, path: Path) -> Recipe:
+def _arm(base: Recipe, shared: dict[str, Any], changes: dict[str, Any], seconds: float, path: Path) -> Recipe:
     if unknown := set(changes) - {"qat", "path"}:
         raise UsageError(f"{path}: unknown tables {sorted(unknown)} of an arm; known are qat and path")
-    qat, route = changes.get("qat", {}), changes.get("path", {})
+    qat, route = shared | changes.get("qat", {}), changes.get("path", {})
     section(QatSettings, {"qat": qat}, "qat", path)
     section(PathSettings, {"path": route}, "path", path)
     route = {key: tuple(value) if isinstance(value, list) else value for key, value in route.items()}
@@ -147,6 +152,9 @@ def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> None:
     """Run arms that are not done yet, one per device at a time."""
     waiting, running = list(jobs), dict[int, subprocess.Popen[bytes]]()
     while waiting or running:
+        if waiting and time.time() + options.expected > options.until:
+            print(f"no time for {', '.join(' '.join(job) for job in waiting)}", flush=True)
+            waiting.clear()
         for slot in range(options.devices):
             if slot in running and running[slot].poll() is not None:
                 del running[slot]
@@ -184,9 +192,12 @@ def main() -> None:
     parser.add_argument("--encoding", action="append", choices=ENCODINGS, help="repeatable; default: both")
     parser.add_argument("--seconds", type=float, help="of training per arm, instead of the study's")
     parser.add_argument("--devices", type=int, default=1, help="GPUs to use side by side")
+    parser.add_argument("--until", type=float, default=math.inf, help="seconds since 1970; arms that would take longer "
+                                                                      "are left for another time")
     parser.add_argument("--device")
     options = parser.parse_args()
     study = Study.from_file(options.study, options.seconds)
+    options.expected = study.seconds + SETUP
     names, encodings = options.arm or list(study.arms), options.encoding or list(ENCODINGS)
     if unknown := set(names) - set(study.arms):
         raise SystemExit(f"unknown arms {sorted(unknown)}; the study has {', '.join(study.arms)}")

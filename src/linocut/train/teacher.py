@@ -1,7 +1,8 @@
-"""Stage `teacher`: text encoder and transformer learn together, from scratch, by flow matching on scenes."""
+"""Stage `teacher`: text encoder and transformer learn together by flow matching on scenes, from nothing or a model."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     """x = (1 - sigma) z + sigma n; the network predicts n - z. Leaves the averaged weights in `run/teacher`."""
     settings, device = recipe.teacher, ranks.device
     if ranks.first:
+        if settings.keep_text:
+            shutil.copytree(Path(settings.start) / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         make_tokenizer(recipe, run / "tokenizer")
     ranks.same(0.0)
     tokenizer = make_tokenizer(recipe, run / "tokenizer")
@@ -35,6 +38,7 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
     painter = Painter(recipe)
     if settings.start:
         start_from(painter, tokenizer, Path(settings.start))
+    painter.text_encoder.requires_grad_(not settings.keep_text)
     painter.to(device)
     learners = nn.ModuleList([painter, head := NamingHead(painter.transformer, len(objects())).to(device)])
     ranks.share(learners)
