@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,38 @@ def test_planning_keeps_within_a_limit_or_says_what_would_fit(tiny_model):
     with pytest.raises(UsageError, match="would need"):
         budget.fit(planner, 64, 64, limit=memory_gpu.BASE_BYTES // 2)
     assert json.dumps(whole.to_dict())
+
+
+@pytest.fixture
+def shares(monkeypatch) -> list[tuple[float, int]]:
+    """What torch is told of its share of a GPU of 100 GB: (fraction, number of the GPU)."""
+    told: list[tuple[float, int]] = []
+    monkeypatch.setattr(memory_gpu.runtime, "there", lambda device: device.startswith("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *each: told.append(each))
+    return told
+
+
+@pytest.mark.parametrize(("device", "limit", "share"), [
+    ("cuda", memory_gpu.BASE_BYTES + 2 * 10**9, (0.02, 0)), ("cuda:1", 10**12, (1.0, 1)), ("cuda", 1, (0.0, 0))])
+def test_torch_takes_no_more_of_a_gpu_than_a_limit_leaves_it(shares, device, limit, share):
+    memory_gpu.hold(device, limit)
+    assert shares == [pytest.approx(share)]
+
+
+def test_a_picture_on_a_gpu_is_drawn_within_its_limit(tiny_model, shares, monkeypatch):
+    monkeypatch.setattr("linocut.pipeline.generate.Run", lambda *_: SimpleNamespace(pictures=list))
+    monkeypatch.setattr(budget, "available_on", lambda _: None)
+    for limit in (None, "3GB"):
+        pipe = Pipeline.from_pretrained(tiny_model, device="cpu", max_memory=limit)
+        pipe.device, pipe.choice = torch.device("cuda"), replace(pipe.choice, name="cuda:0")
+        pipe("a red apple", width=32, height=32)
+    assert shares == [pytest.approx(((3 * 10**9 - memory_gpu.BASE_BYTES) / 1e11, 0))]
+
+
+def test_a_limit_means_nothing_without_a_gpu(shares):
+    memory_gpu.hold("cpu", 1)
+    assert shares == []
 
 
 @pytest.mark.parametrize("model", ["embedded", "embedded-binary"])

@@ -28,6 +28,8 @@ from linocut.pipeline.memory import (
 
 BASE_BYTES = 850 * MB
 """GPU memory of a process beside what torch takes for tensors: context, kernels, workspaces (800 MB on a H200)."""
+_STRIPS = 200 * MB
+"""What convolutions of strips take beside their maps (170 MB on a H200)."""
 _LEFT_OVER = 250 * MB
 """What torch keeps in blocks of earlier phases that the decoder's maps do not fit into, where networks stay."""
 
@@ -68,7 +70,8 @@ class GpuPlanner(Planner):
         value = 2 if runtime.why_no_products(self.device) is None else size
         work = footprint.decode_bytes(vae, width, height, ways.tile, value) + known + together * latents
         decode = Phase("decode", self._vae_values * value, work + 4 * width * height,
-                       CONVOLUTION_BYTES + (_LEFT_OVER if ways.keep_loaded else 0),
+                       CONVOLUTION_BYTES + (_LEFT_OVER if ways.keep_loaded else 0)
+                       + (0 if ways.tile is None else _STRIPS),
                        held + (self._weights + step if ways.keep_loaded else 0), base)
         return Plan(self.folder.name, width, height, dtype, self.disk, ways, (encode, denoise, decode))
 
@@ -80,6 +83,17 @@ class GpuPlanner(Planner):
             sizes = [sum(checkpoint.info(name).nbytes for name in part) for part in parts]
             self.text_layers, self.text_largest = sum(sizes), max(sizes, default=0)
             self.text_all = self.text_layers + sum(checkpoint.info(name).nbytes for name in others)
+
+
+def hold(device: str, limit: int) -> None:
+    """Let torch take no more of a GPU than a process of `limit` bytes leaves it. Before it takes more it gives back the
+    blocks that earlier work left: without a limit those come to a fifth of what the decoder needs."""
+    import torch
+
+    if runtime.there(device):
+        number = torch.device(device).index or 0
+        whole = torch.cuda.get_device_properties(number).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - BASE_BYTES) / whole), number)
 
 
 def available_bytes(device: str) -> int | None:

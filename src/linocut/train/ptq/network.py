@@ -38,10 +38,16 @@ LAYERS = {
 
 
 class StreamedTransformer:
-    """The transformer in a reader, its blocks built when asked for, in float32."""
+    """The transformer in a reader, its blocks built when asked for, in float32.
+
+    A GPU keeps what it was given, as it is stored, if that takes no more than a third of its free memory: every block
+    is asked for at each of the sampler's steps, and once more to be rounded.
+    """
 
     def __init__(self, reader: Reader, config: dict[str, Any], device: torch.device) -> None:
-        self.reader, self.device = reader, device
+        self.reader, self.device, self._there = reader, device, dict[str, Tensor]()
+        self._keeps = device.type == "cuda" and 3 * sum(reader.info(name).nbytes for name in reader.names) < \
+            torch.cuda.mem_get_info(device)[0]
         self.config = Flux2Config.from_dict(config)
         self.edges = {name: self._weight(f"{name}.weight") for name in ("x_embedder", "context_embedder", "proj_out")}
 
@@ -59,9 +65,13 @@ class StreamedTransformer:
         return block.requires_grad_(False).eval()
 
     def _weight(self, name: str) -> Tensor:
-        weight = tensor_from(self.reader, name).to(device=self.device, dtype=torch.float32, copy=True)
+        if name in self._there:
+            return self._there[name].float()
+        weight = tensor_from(self.reader, name).to(self.device, copy=True)  # as it is stored: half the way is saved
         self.reader.release(name)
-        return weight
+        if self._keeps:
+            self._there[name] = weight
+        return weight.float()
 
     @torch.no_grad()
     def modulations(self, levels: Sequence[float]) -> list[Modulations]:
