@@ -124,7 +124,7 @@ class Conductor:
         self.say("all done")
 
     def pack_teacher(self) -> None:
-        self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher"))
+        self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher", eight_bits=True))
 
     def rehearse(self) -> None:
         """Every stage for a few steps, beside the first one that counts; an autoencoder that is there is taken."""
@@ -207,10 +207,10 @@ class Conductor:
     def finished(self, stage: str) -> bool:
         return (self.folder / stage / "model.safetensors").is_file()
 
-    def slim(self, stage: str) -> str:
-        """Write a stage's weights in half the bytes (bfloat16), for the way home. Returns the folder."""
+    def slim(self, stage: str, eight_bits: bool = False) -> str:
+        """Write a stage's weights in half the bytes or a quarter, for the way home. Returns the folder."""
         code = ("import sys; from pathlib import Path; from linocut.train.weights import slim; "
-                "slim(Path(sys.argv[1]), Path(sys.argv[2]))")
+                f"slim(Path(sys.argv[1]), Path(sys.argv[2]), {eight_bits})")
         target = f"slim/{stage}"
         self.run([Task(f"slim.{stage}", [sys.executable, "-c", code, str(self.folder / stage),
                                          str(self.folder / target)])], self.plan.budget)

@@ -9,7 +9,7 @@ from torch import nn
 from linocut.errors import LinocutError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.train.optimize import Average, make_optimizers
-from linocut.train.weights import State, load_weights, save_weights
+from linocut.train.weights import State, load_weights, read_weights, save_weights, slim
 
 
 def small() -> nn.Module:
@@ -31,6 +31,22 @@ def test_weights_come_back(tmp_path, dtype, stored):
         assert torch.equal(again.state_dict()[name], expected), name
     with Checkpoint.open(tmp_path / "new" / "folder") as checkpoint:
         assert {checkpoint.info(name).dtype for name in checkpoint.names} == {dtype, "I64"}
+
+
+@pytest.mark.parametrize(("eight_bits", "most"), [(False, 2**-8), (True, 0.5 / 127)])
+def test_weights_take_less_on_their_way(tmp_path, eight_bits, most):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(256, 96), nn.BatchNorm1d(96), nn.Linear(96, 256))
+    save_weights(tmp_path / "own", module.state_dict())
+    slim(tmp_path / "own", tmp_path / "slim", eight_bits)
+    found = read_weights(tmp_path / "slim")
+    assert found.keys() == module.state_dict().keys()
+    for name, tensor in module.state_dict().items():
+        scale = tensor.abs().max().item()
+        assert torch.allclose(found[name].to(tensor.dtype), tensor, atol=most * scale, rtol=0), name
+    own, less = ((tmp_path / each / "model.safetensors").stat().st_size for each in ("own", "slim"))
+    assert less < (0.42 if eight_bits else 0.53) * own
+    load_weights(module, tmp_path / "slim")
 
 
 def test_weights_that_are_not_there(tmp_path):
