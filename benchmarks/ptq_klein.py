@@ -1,7 +1,7 @@
 """Seconds of `linocut quantize --prompts` at FLUX.2 klein 4B's size, by method and what they go into; random weights.
 
     PYTHONPATH=src python benchmarks/ptq_klein.py --work DIR --method descent reconstruct -o klein.json   # 14 GB in DIR
-    PYTHONPATH=src python benchmarks/ptq_klein.py --work DIR --blocks 1 2 --device cpu -o out.json        # fewer blocks
+    PYTHONPATH=src python benchmarks/ptq_klein.py --work DIR --blocks 1 2 --device cpu --toy -o toy.json  # a rehearsal
 
 The model is made once in DIR. Rounding random weights says nothing about quality (`benchmarks/ptq.py` does, for a
 trained model), but it takes as long as rounding trained ones. A method that is not done after `--limit` seconds is
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from linocut.models.configs import Flux2Config, Qwen3Config
 from linocut.models.synthetic import KNOWN, SyntheticModel, write_synthetic
 from linocut.quantize.stream import quantize_folder
 from linocut.train.loop import chosen_device
@@ -27,6 +28,10 @@ from linocut.train.ptq.ladder import CalibrationSettings, method_named
 from linocut.train.ptq.solver import BlockSolver
 
 WRITING = {"text_encoder": "writing the text encoder", "transformer": "writing"}
+TOY = SyntheticModel(
+    Flux2Config(num_attention_heads=1, joint_attention_dim=384),
+    Qwen3Config(hidden_size=128, intermediate_size=256, num_hidden_layers=3), text_taps=(1, 2, 3), text_length=64,
+    default_size=(64, 64))
 PARTS = (("transformer",), ("text_encoder", "vae", "tokenizer"))
 
 
@@ -39,12 +44,13 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=64)
     parser.add_argument("--limit", type=float, default=600.0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--toy", action="store_true", help="next to no size")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     begun, source = time.monotonic(), given.work / "-".join(["klein", *map(str, given.blocks)])
-    known = KNOWN["klein-4b"]
-    model = replace(known, transformer=replace(known.transformer, num_layers=given.blocks[0],
+    model = TOY if given.toy else KNOWN["klein-4b"]
+    model = replace(model, transformer=replace(model.transformer, num_layers=given.blocks[0],
                                                num_single_layers=given.blocks[1]))
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(make, [source] * 2, [model] * 2, PARTS))

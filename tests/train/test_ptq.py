@@ -1,6 +1,7 @@
 """The ladder of rounding methods on a small random model: every step helps, cuts lose nothing, what is said is true."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from linocut.train.ptq.path import plan_path, read_text, walk
 from linocut.train.ptq.solver import BlockSolver
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = tuple(f"a photo of {number} {thing}" for number in ("one", "two", "six") for thing in
                 ("red apples", "cats", "old houses by the sea", "boats"))
@@ -269,3 +271,37 @@ def test_prompts_are_spread_over_the_file(tmp_path):
 def test_the_command_knows_every_method():
     from linocut.cli.quantize import METHODS
     assert tuple(LADDER) == METHODS
+
+
+def test_a_network_that_stays_on_its_device_is_read_once(model, monkeypatch):
+    source = open_source(model, pack_text_encoder=True)
+    network = StreamedTransformer(source.transformer, source.transformer_config, CPU)
+    plain = network.block("transformer_blocks", 0).state_dict()
+    network._keeps = True  # as on a GPU with room
+    first = network.block("transformer_blocks", 0).state_dict()
+    monkeypatch.setattr("linocut.train.ptq.network.tensor_from", lambda *_: pytest.fail("read again"))
+    again = network.block("transformer_blocks", 0).state_dict()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, first[name])
+        assert torch.equal(tensor, again[name])
+        assert tensor.dtype == again[name].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_the_benchmark_at_kleins_size_tells_where_time_goes(tmp_path):
+    """At toy size: once to the end, once cut off."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "ptq_klein.py"), "--toy", "--blocks", "1", "2", "--calibrate",
+               "5", "--device", "cpu", "--work", str(tmp_path), "-o", str(tmp_path / "out.json"), "--method"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([*command, "descent"], env=env, check=True, capture_output=True)
+    found = json.loads((tmp_path / "out.json").read_text())["descent"]
+    assert found["done"]
+    order = ["writing the text encoder", "reading the prompts", "teacher's step 1 of 4", "transformer_blocks.0",
+             "single_transformer_blocks.0", "single_transformer_blocks.1", "writing"]
+    times = [found["began"][name] for name in order]
+    assert times == sorted(times)
+    limit = str(found["began"]["single_transformer_blocks.0"] + 1)
+    subprocess.run([*command, "reconstruct", "--limit", limit], env=env, check=True, capture_output=True)
+    found = json.loads((tmp_path / "out.json").read_text())["reconstruct"]
+    assert not found["done"]
+    assert "writing" not in found["began"]
