@@ -136,6 +136,7 @@ def test_planning_keeps_within_a_limit_or_says_what_would_fit(tiny_model):
 def shares(monkeypatch) -> list[tuple[float, int]]:
     """What torch is told of its share of a GPU of 100 GB: (fraction, number of the GPU)."""
     told: list[tuple[float, int]] = []
+    monkeypatch.setattr(memory_gpu, "_held", set())
     monkeypatch.setattr(memory_gpu.runtime, "there", lambda device: device.startswith("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100 * 10**9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *each: told.append(each))
@@ -152,11 +153,11 @@ def test_torch_takes_no_more_of_a_gpu_than_a_limit_leaves_it(shares, device, lim
 def test_a_picture_on_a_gpu_is_drawn_within_its_limit(tiny_model, shares, monkeypatch):
     monkeypatch.setattr("linocut.pipeline.generate.Run", lambda *_: SimpleNamespace(pictures=list))
     monkeypatch.setattr(budget, "available_on", lambda _: None)
-    for limit in (None, "3GB"):
+    for limit in (None, "3GB", None):
         pipe = Pipeline.from_pretrained(tiny_model, device="cpu", max_memory=limit)
         pipe.device, pipe.choice = torch.device("cuda"), replace(pipe.choice, name="cuda:0")
         pipe("a red apple", width=32, height=32)
-    assert shares == [pytest.approx(((3 * 10**9 - memory_gpu.BASE_BYTES) / 1e11, 0))]
+    assert shares == [pytest.approx(((3 * 10**9 - memory_gpu.BASE_BYTES) / 1e11, 0)), (1.0, 0)]
 
 
 def test_a_limit_means_nothing_without_a_gpu(shares):

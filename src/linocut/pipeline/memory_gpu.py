@@ -32,6 +32,7 @@ _STRIPS = 200 * MB
 """What convolutions of strips take beside their maps (170 MB on a H200)."""
 _LEFT_OVER = 250 * MB
 """What torch keeps in blocks of earlier phases that the decoder's maps do not fit into, where networks stay."""
+_held: set[int] = set()  # GPUs of which this process has limited torch's share
 
 
 class GpuPlanner(Planner):
@@ -85,15 +86,20 @@ class GpuPlanner(Planner):
             self.text_all = self.text_layers + sum(checkpoint.info(name).nbytes for name in others)
 
 
-def hold(device: str, limit: int) -> None:
-    """Let torch take no more of a GPU than a process of `limit` bytes leaves it. Before it takes more it gives back the
-    blocks that earlier work left: without a limit those come to a fifth of what the decoder needs."""
+def hold(device: str, limit: int | None) -> None:
+    """Let torch take no more of a GPU than a process of `limit` bytes leaves it, or all that it wants again. Before it
+    takes more it gives back the blocks that earlier work left, which come to a quarter of what the decoder needs."""
     import torch
 
-    if runtime.there(device):
-        number = torch.device(device).index or 0
-        whole = torch.cuda.get_device_properties(number).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - BASE_BYTES) / whole), number)
+    if not runtime.there(device):
+        return
+    number = torch.device(device).index or 0
+    if limit is None and number not in _held:  # a share that others have set is theirs
+        return
+    whole = torch.cuda.get_device_properties(number).total_memory
+    share = 1.0 if limit is None else min(1.0, max(0, limit - BASE_BYTES) / whole)
+    torch.cuda.set_per_process_memory_fraction(share, number)
+    _held.discard(number) if limit is None else _held.add(number)
 
 
 def available_bytes(device: str) -> int | None:
