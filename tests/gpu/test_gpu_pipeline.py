@@ -22,6 +22,7 @@ from linocut.pipeline.device import choose
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.memory import Ways
 from linocut.pipeline.memory_gpu import GpuPlanner
+from linocut.pipeline.run import explain_memory
 from linocut.server.catalogue import Catalogue, TooLarge
 from linocut.server.settings import Settings
 
@@ -133,36 +134,85 @@ def test_planning_keeps_within_a_limit_or_says_what_would_fit(tiny_model):
 
 
 @pytest.fixture
-def shares(monkeypatch) -> list[tuple[float, int]]:
-    """What torch is told of its share of a GPU of 100 GB: (fraction, number of the GPU)."""
-    told: list[tuple[float, int]] = []
-    monkeypatch.setattr(memory_gpu, "_held", set())
+def gpus(monkeypatch) -> SimpleNamespace:
+    """Two GPUs of 100 GB: `told` is what torch is told of its share of them, `reserved` what it holds there."""
+    made = SimpleNamespace(told=[], reserved=0, emptied=0, share=1.0)
+
+    def tell(share: float, number: int) -> None:
+        made.told.append((pytest.approx(share), number))
+        made.share = share
+
+    monkeypatch.setattr(memory_gpu, "_shares", {})
     monkeypatch.setattr(memory_gpu.runtime, "there", lambda device: device.startswith("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100 * 10**9))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *each: told.append(each))
-    return told
+    for name, value in {"current_device": lambda: 1, "set_per_process_memory_fraction": tell,
+                        "get_per_process_memory_fraction": lambda _: made.share,
+                        "memory_reserved": lambda _: made.reserved,
+                        "empty_cache": lambda: made.told.append("emptied"),
+                        "get_device_properties": lambda _: SimpleNamespace(total_memory=100 * 10**9)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return made
 
 
-@pytest.mark.parametrize(("device", "limit", "share"), [
-    ("cuda", memory_gpu.BASE_BYTES + 2 * 10**9, (0.02, 0)), ("cuda:1", 10**12, (1.0, 1)), ("cuda", 1, (0.0, 0))])
-def test_torch_takes_no_more_of_a_gpu_than_a_limit_leaves_it(shares, device, limit, share):
-    memory_gpu.hold(device, limit)
-    assert shares == [pytest.approx(share)]
+@pytest.mark.parametrize(("device", "limit", "share", "number"), [
+    ("cuda:0", memory_gpu.BASE_BYTES + 2 * 10**9, 0.02, 0), ("cuda", 10**12, 1.0, 1), ("cuda", 1, 0.0, 1)])
+def test_torch_takes_no_more_of_a_gpu_than_a_limit_leaves_it(gpus, device, limit, share, number):
+    with memory_gpu.holding(device, limit):
+        assert gpus.told == [(share, number)]
+    assert gpus.told[1:] == [(1.0, number)]
 
 
-def test_a_picture_on_a_gpu_is_drawn_within_its_limit(tiny_model, shares, monkeypatch):
-    monkeypatch.setattr("linocut.pipeline.generate.Run", lambda *_: SimpleNamespace(pictures=list))
+def test_of_two_limits_the_least_holds_and_then_what_was_there_before(gpus):
+    gpus.share = 0.5  # the program's own
+    first, second = (memory_gpu.holding("cuda:0", memory_gpu.BASE_BYTES + each * 10**9) for each in (3, 60))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # threads end in any order
+    second.__exit__(None, None, None)
+    assert [share for share, _ in gpus.told] == [0.03, 0.03, 0.5, 0.5]
+    assert memory_gpu._shares == {}
+
+
+def test_what_earlier_work_left_goes_before_a_limit_holds(gpus):
+    gpus.reserved = 10**9
+    with memory_gpu.holding("cuda:0", memory_gpu.BASE_BYTES + 10**9):
+        assert "emptied" not in gpus.told
+    with memory_gpu.holding("cuda:0", memory_gpu.BASE_BYTES + 9 * 10**8):
+        assert "emptied" in gpus.told
+
+
+def test_no_limit_and_no_gpu_change_nothing(gpus):
+    for device, limit in (("cuda", None), ("cpu", 1)):
+        with memory_gpu.holding(device, limit):
+            pass
+    assert gpus.told == []
+
+
+def test_pictures_on_a_gpu_are_drawn_within_the_limit(tiny_model, gpus, monkeypatch):
+    """Pictures come one by one; the limit holds until the last was taken, or no more are wanted."""
+    pipe = Pipeline.from_pretrained(tiny_model, device="cpu", max_memory="3GB")
+    list(pipe.draw("a red apple", width=32, height=32))
+    assert gpus.told == []  # on a CPU
+    pipe.choice = replace(pipe.choice, name="cuda:0")
     monkeypatch.setattr(budget, "available_on", lambda _: None)
-    for limit in (None, "3GB", None):
-        pipe = Pipeline.from_pretrained(tiny_model, device="cpu", max_memory=limit)
-        pipe.device, pipe.choice = torch.device("cuda"), replace(pipe.choice, name="cuda:0")
-        pipe("a red apple", width=32, height=32)
-    assert shares == [pytest.approx(((3 * 10**9 - memory_gpu.BASE_BYTES) / 1e11, 0)), (1.0, 0)]
+    monkeypatch.setattr("linocut.pipeline.run.Run._limit", 3 * 10**9)
+    monkeypatch.setattr("linocut.pipeline.run.Run._pictures", lambda _: iter([1, 2]))
+    for end in (list, lambda pictures: pictures.close()):
+        pictures = pipe.draw("a red apple", width=32, height=32)
+        assert gpus.told == []
+        next(pictures)
+        assert gpus.told == [((3 * 10**9 - memory_gpu.BASE_BYTES) / 1e11, 0)]
+        end(pictures)
+        assert gpus.told[1:] == [(1.0, 0)]
+        gpus.told.clear()
 
 
-def test_a_limit_means_nothing_without_a_gpu(shares):
-    memory_gpu.hold("cpu", 1)
-    assert shares == []
+def test_running_out_within_a_limit_names_it():
+    request = SimpleNamespace(width=64, height=32)
+    with pytest.raises(UsageError, match=r"64x32 within 2\.50 GB, all.*or a higher limit"), \
+            explain_memory(request, 2_500_000_000):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UsageError, match=r"drawing 64x32; choose a smaller size \(see"), explain_memory(request):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("model", ["embedded", "embedded-binary"])

@@ -160,8 +160,6 @@ class Pipeline:
                           tile=request.tile, base=self._base(), free=self._free())
         ways = replace(plan.ways, tile=None) if self.choice.name == "mlx" else plan.ways
         self.components.follow(ways)
-        if self.device.type == "cuda":
-            memory_gpu.hold(self.choice.name, self.max_memory)
         run = Run(self, request, ways, generators, callback_on_step_end, cancel, on_progress)
         self.timings = {}
         return run.pictures()

@@ -10,6 +10,10 @@ runs; the transformer is packed, and stays. On the host only mapped files are re
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 from linocut.formats.folder import ModelFolder
 from linocut.kernels import fusible
 from linocut.kernels.gpu import runtime
@@ -32,7 +36,8 @@ _STRIPS = 200 * MB
 """What convolutions of strips take beside their maps (170 MB on a H200)."""
 _LEFT_OVER = 250 * MB
 """What torch keeps in blocks of earlier phases that the decoder's maps do not fit into, where networks stay."""
-_held: set[int] = set()  # GPUs of which this process has limited torch's share
+_shares: dict[int, list[float]] = {}  # by number of the GPU: torch's share before any limit, then those of limits
+_lock = threading.Lock()
 
 
 class GpuPlanner(Planner):
@@ -86,20 +91,39 @@ class GpuPlanner(Planner):
             self.text_all = self.text_layers + sum(checkpoint.info(name).nbytes for name in others)
 
 
-def hold(device: str, limit: int | None) -> None:
-    """Let torch take no more of a GPU than a process of `limit` bytes leaves it, or all that it wants again. Before it
-    takes more it gives back the blocks that earlier work left, which come to a quarter of what the decoder needs."""
+@contextlib.contextmanager
+def holding(device: str, limit: int | None) -> Iterator[None]:
+    """Inside the block torch takes no more of a GPU than a process of `limit` bytes leaves it, whatever a plan says.
+
+    Before it takes more it gives back the blocks that earlier work left, which come to a quarter of what the decoder
+    needs. The share of a process is one for all that it does there: of several limits at a time the least holds, and
+    afterwards the share that was there before.
+    """
+    if limit is None or not runtime.there(device):
+        yield
+        return
     import torch
 
-    if not runtime.there(device):
-        return
-    number = torch.device(device).index or 0
-    if limit is None and number not in _held:  # a share that others have set is theirs
-        return
+    index = torch.device(device).index
+    number = torch.cuda.current_device() if index is None else index
     whole = torch.cuda.get_device_properties(number).total_memory
-    share = 1.0 if limit is None else min(1.0, max(0, limit - BASE_BYTES) / whole)
-    torch.cuda.set_per_process_memory_fraction(share, number)
-    _held.discard(number) if limit is None else _held.add(number)
+    share = min(1.0, max(0, limit - BASE_BYTES) / whole)
+    with _lock:
+        if not _shares.get(number):
+            known = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every version of torch
+            _shares[number] = [1.0 if known is None else known(number)]
+        _shares[number].append(share)
+        torch.cuda.set_per_process_memory_fraction(min(_shares[number]), number)
+        if torch.cuda.memory_reserved(number) > share * whole:
+            torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        with _lock:
+            _shares[number].remove(share)
+            torch.cuda.set_per_process_memory_fraction(min(_shares[number]), number)
+            if len(_shares[number]) == 1:
+                del _shares[number]
 
 
 def available_bytes(device: str) -> int | None:

@@ -23,6 +23,7 @@ from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
 from linocut.models.modulations import Modulations
 from linocut.models.prompt_tokenizer import TEMPLATE
+from linocut.pipeline import memory_gpu
 from linocut.pipeline.embeddings import Entry
 from linocut.pipeline.measure import Meter, PhaseTiming
 from linocut.pipeline.memory import Ways
@@ -115,8 +116,17 @@ class Run:
         self.schedule = choose_schedule(pipe.folder, self.grid[0] * self.grid[1], request.steps,
                                         request.schedule_tokens)
 
+    @property
+    def _limit(self) -> int | None:
+        """Bytes that the process may have on the GPU that draws."""
+        return self.pipe.max_memory if self.pipe.device.type == "cuda" else None
+
     def pictures(self) -> Iterator[Picture]:
-        """Yield the pictures in order, each as soon as it is ready."""
+        """Yield the pictures in order, each as soon as it is ready, within the pipeline's limit on a GPU's memory."""
+        with memory_gpu.holding(self.pipe.choice.name, self._limit):
+            yield from self._pictures()
+
+    def _pictures(self) -> Iterator[Picture]:
         jobs = self.request.jobs
         at_once = 1 if self.ways.keep_loaded else self.ways.at_once
         features: dict[str, Tensor] = {}
@@ -125,7 +135,7 @@ class Run:
             batch = jobs[start:start + at_once]
             wanted = dict.fromkeys([job.prompt for job in batch] + ([""] if self.request.guided else []))
             features = {text: features[text] for text in wanted if text in features}
-            with explain_memory(self.request), torch.no_grad():
+            with explain_memory(self.request, self._limit), torch.no_grad():
                 missing = [text for text in wanted if text not in features]
                 if missing:
                     features.update(self._encode(missing, notes, batch[0]))
@@ -260,7 +270,7 @@ class Run:
             vae: Any = None
             for job in batch:
                 z = waiting.pop()  # let go of each as its picture is made
-                with self.meter.phase("decode") as timing, explain_memory(self.request), torch.no_grad():
+                with self.meter.phase("decode") as timing, explain_memory(self.request, self._limit), torch.no_grad():
                     if vae is None:
                         start = time.perf_counter()
                         vae = opened.enter_context(self.pipe.components.use("vae"))
@@ -330,8 +340,8 @@ def to_image(pixels: Tensor) -> "Image":
 
 
 @contextlib.contextmanager
-def explain_memory(request: Request) -> Iterator[None]:
-    """Turn torch's ways of running out of memory into one that says what to do."""
+def explain_memory(request: Request, limit: int | None = None) -> Iterator[None]:
+    """Turn torch's ways of running out of memory into one that says what to do. `limit`: bytes to be had of a GPU."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -339,6 +349,7 @@ def explain_memory(request: Request) -> Iterator[None]:
         # torch's words, mlx's on a CPU and mlx's on Metal
         refusals = ("allocate memory", "Unable to allocate", "maximum allowed buffer size", "Insufficient Memory")
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in refusals):
-            raise UsageError(f"out of memory while drawing {request.width}x{request.height}; choose a smaller size "
-                             "(see 'linocut plan')") from error
+            within = "" if limit is None else f" within {limit / 1e9:.2f} GB, all that this process has there included"
+            raise UsageError(f"out of memory while drawing {request.width}x{request.height}{within}; choose a smaller "
+                             f"size{'' if limit is None else ' or a higher limit'} (see 'linocut plan')") from error
         raise
