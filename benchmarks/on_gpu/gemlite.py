@@ -1,4 +1,4 @@
-"""Section `gemlite`: the step by gemlite's A16W2 kernels in all linears of the blocks, and its products.
+"""Section `gemlite`: the step by gemlite's kernels in all linears of the blocks, and its products.
 
 Its package is no dependency of this project: it is measured where it is installed (`gpu.py` says how to bring it).
 """
@@ -50,7 +50,7 @@ def random_layer(n: int, o: int, encoding: str) -> Any:
 
 
 def gemlite(bench: Bench) -> dict[str, Any] | list[dict[str, Any]]:
-    """The step at the larger size, eager and with compiled blocks, and each of its products at both bit widths."""
+    """Steps, eager and with compiled blocks, and each of their products; first the step that the targets name."""
     version = installed()
     if version is None:
         return {"skipped": "gemlite is not installed here, or finds no GPU"}
@@ -60,18 +60,19 @@ def gemlite(bench: Bench) -> dict[str, Any] | list[dict[str, Any]]:
     _tune_ahead(sorted({(n, o) for _, n, o in shapes}), bench.text)
     found: list[dict[str, Any]] = []
     with torch.no_grad():
-        for how in ("eager", "compiled"):
+        for encoding, how, pixels in (("ternary", "eager", side), ("ternary", "compiled", side),
+                                      ("binary", "compiled", side), ("ternary", "compiled", bench.sides[0])):
             network: Any = dense_network(bench.config)
             for name, module in list(network.named_modules()):
                 if "blocks." in name and isinstance(module, nn.Linear):
                     parent, _, child = name.rpartition(".")
                     setattr(network.get_submodule(parent), child,
-                            random_layer(module.in_features, module.out_features, "ternary"))
+                            random_layer(module.in_features, module.out_features, encoding))
             release()
             if how == "compiled":
                 compile_blocks(network.transformer_blocks, network.single_transformer_blocks)
-            entry = measure(bench, network, side, step_inputs(bench, bench.config, side, torch.bfloat16))
-            found.append({"what": f"gemlite A16W2 {how}", "version": version, **entry})
+            entry = measure(bench, network, pixels, step_inputs(bench, bench.config, pixels, torch.bfloat16))
+            found.append({"what": f"gemlite A16W{BITS[encoding]} {how}", "version": version, **entry})
             say(line(found[-1]))
             del network
             release()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linocut.cli.bench.baselines import plain
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
@@ -36,6 +36,33 @@ def packed_network(config: Flux2Config, encoding: str) -> Flux2Blocks:
 def dense_network(config: Flux2Config) -> Flux2Blocks:
     """The same in bfloat16."""
     return _dense(_meta(Flux2Blocks, config))
+
+
+class _Fp8Linear(nn.Module):
+    """A dense layer in FP8 (e4m3), a scale per token and per row of W, by torch's own product."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.values, self.scale = _rounded(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, scale = _rounded(x.flatten(0, -2))
+        y = torch._scaled_mm(a, self.values.t(), scale, self.scale.t(), out_dtype=torch.bfloat16)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def fp8_network(config: Flux2Config) -> Flux2Blocks:
+    """The same with FP8 products in its blocks."""
+    network = dense_network(config)
+    for name, module in list(network.named_modules()):
+        if "blocks." in name and isinstance(module, nn.Linear):
+            _put(network, name, _Fp8Linear(module))
+    return network
 
 
 def packed_text_encoder(config: Qwen3Config, taps: tuple[int, ...]) -> Qwen3Encoder:

@@ -36,6 +36,8 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
               for dtype in (torch.bfloat16, torch.float16)]
     sizes = [(9, 384, 40)] if bench.toy else [(m, n, o) for n, o in ((384, 200), (3072, 3072), (12288, 1008))
                                               for m in (1, 7, 16, 33, 64, 200, 512, 1536)]
+    if not bench.toy:
+        sizes.append((4608, 3072, 27648))  # klein's largest
     cases += [("product", name, encoding, n, [size for size in sizes if size[1] == n])
               for n in sorted({size[1] for size in sizes}) for encoding in ("binary", "ternary") for name in KIND]
     cases += [("rows", kind) for kind in KINDS]

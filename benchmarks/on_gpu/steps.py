@@ -1,14 +1,17 @@
 """Sections `step`, `profile`, `dense` and `compiled`: one denoising step, packed and dense."""
 
 import time
+from collections.abc import Callable, Sequence
 from itertools import product as pairs
 from typing import Any
 
 import torch
 
+from linocut.kernels.gpu import runtime
+from linocut.models.configs import Flux2Config
 from linocut.models.flux2_gpu import GpuTransformer
 from on_gpu.bench import LEVELS, Bench, level, line, peak, release, say, seconds, step_inputs, synchronize
-from on_gpu.networks import DEVICE, compile_blocks, dense_network, packed_network
+from on_gpu.networks import DEVICE, compile_blocks, dense_network, fp8_network, packed_network
 
 
 def measure(bench: Bench, run: Any, side: int, given: list[Any]) -> dict[str, Any]:
@@ -79,34 +82,41 @@ def profile(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def dense(bench: Bench, compiled: bool = False) -> list[dict[str, Any]]:
+def dense(bench: Bench) -> list[dict[str, Any]]:
     """The same network in dense bfloat16, as it is written."""
-    found = []
-    network: Any = dense_network(bench.config)
-    if compiled:
-        compile_blocks(network.transformer_blocks, network.single_transformer_blocks)
-    for side in bench.sides[: 1 if bench.toy else None]:
-        with torch.no_grad():
-            entry = measure(bench, network, side, step_inputs(bench, bench.config, side, torch.bfloat16))
-        found.append({"what": f"dense bf16 {'compiled' if compiled else 'eager'}", **entry})
-        say(line(found[-1]))
-    return found
+    return _dense(bench, "dense bf16 eager", dense_network(bench.config))
 
 
 def compiled(bench: Bench) -> list[dict[str, Any]]:
-    """The same with its blocks under torch.compile, and at the larger size also with cuDNN's attention."""
+    """The same with its blocks under torch.compile, at the larger size also with cuDNN's attention; and in FP8."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    found = dense(bench, compiled=True)
+    found = _compiled(bench, "dense bf16 compiled", dense_network)
     if DEVICE == "cuda":
-        release()
-        torch._dynamo.reset()  # which attention it is was decided while compiling
-        network: Any = dense_network(bench.config)
-        compile_blocks(network.transformer_blocks, network.single_transformer_blocks)
-        side = bench.sides[-1]
-        with torch.no_grad(), sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            found += _compiled(bench, "dense bf16 compiled, cuDNN's attention", dense_network, bench.sides[-1:])
+        if runtime.capability() >= runtime.FP8:
+            found += _compiled(bench, "dense fp8 compiled", fp8_network)
+    return found
+
+
+def _compiled(bench: Bench, what: str, make: Callable[[Flux2Config], Any],
+              sides: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    torch._dynamo.reset()  # which attention it is was decided while compiling
+    network = make(bench.config)
+    compile_blocks(network.transformer_blocks, network.single_transformer_blocks)
+    found = _dense(bench, what, network, sides)
+    del network
+    release()
+    torch._dynamo.reset()
+    return found
+
+
+def _dense(bench: Bench, what: str, network: Any, sides: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    found = []
+    for side in sides or bench.sides[: 1 if bench.toy else None]:
+        with torch.no_grad():
             entry = measure(bench, network, side, step_inputs(bench, bench.config, side, torch.bfloat16))
-        found.append({"what": "dense bf16 compiled, cuDNN's attention", **entry})
+        found.append({"what": what, **entry})
         say(line(found[-1]))
-        torch._dynamo.reset()
     return found

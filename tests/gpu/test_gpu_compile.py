@@ -84,7 +84,7 @@ for channels in (128, 512):
         assert not spilled(build(kernel, given)), kernel
 built = 0
 for name in accuracy.KIND if capability >= 80 else ():
-    shape = Shape(64 if name == "packed" else 1536, 3072, 3072, "ternary")
+    shape = Shape(64 if name in routes.DECODING else 1536, 3072, 3072, "ternary")
     if routes.why_not(name, shape, "cuda") is not None:
         continue
     for tile in routes.tiles(name, shape, "cuda"):
@@ -94,11 +94,12 @@ for name in accuracy.KIND if capability >= 80 else ():
         cut = {"BLOCK_M": tile.block_m, "BLOCK_O": tile.block_o, "TOGETHER": tile.together, "GROUPS": 0, "m": "i32",
                "o": "i32", "n": "i32", "stride_y": "i32", "stride_scales": "i32", "x_scales": "*fp32", "y": "*bf16"}
         value = "fp8e4nv" if name == "fp8" else "i8"
-        if name == "packed":
+        if name in routes.DECODING:
+            given = {"x": "*i8"} if name == "packed" else {"x": "*bf16", "x_scales": None}
             for ternary in (True, False):
-                found = build(gemm._packed_product, {**cut, "x": "*i8", "codes": "*u8", "w_scales": "*fp16",
-                                                     "row_bytes": "i32", "TERNARY": ternary, "last_bytes": "i32"},
-                              tile.warps, tile.stages)
+                found = build(gemm._packed_product, {
+                    **cut, **given, "codes": "*u8", "w_scales": "*fp16", "TERNARY": ternary, "FLOATS": name == "fused",
+                    "row_bytes": "i32", "last_bytes": "i32"}, tile.warps, tile.stages)
         else:
             x, w = (f"tensordesc<{value}[{side}, 128]>" if tile.bulk else f"*{value}"
                     for side in (tile.block_m, tile.block_o))
@@ -108,7 +109,7 @@ for name in accuracy.KIND if capability >= 80 else ():
                           tile.stages, **limit)
         code = found.asm["ptx"]
         tensor_cores = "wgmma" if capability == 90 else "mma.sync"
-        assert tensor_cores in code or (name == "packed" and "mma.sync" in code), (name, tile)
+        assert tensor_cores in code or (name in routes.DECODING and "mma.sync" in code), (name, tile)
         assert found.metadata.shared <= (227 if capability == 90 else 99) * 1024, (name, tile, found.metadata.shared)
         assert capability < 90 or not spilled(found), (name, tile)
         built += 1

@@ -61,6 +61,19 @@ def test_packed_product_gives_the_same(device, encoding, tile, shape):
     assert relative(out, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("encoding", "tile", "shape"), list(itertools.product(["binary", "ternary"], SMALL, SHAPES)))
+def test_packed_product_of_floats_rounds_nothing(device, encoding, tile, shape, dtype):
+    m, o, n = shape
+    packed, act = random_packed(encoding, o, n), Activations.empty("float", m, n, device, dtype)
+    rows.quantize(normal(m, n).to(device), act)
+    wanted = act.values.double().cpu() @ torch.from_numpy(dequantize(packed)).double().T
+    out = torch.full((m, o + 3), 77.0, device=device)
+    gemm.packed_product(act, on_device(packed, device), out[:, :o], tile)
+    assert relative(out[:, :o], wanted) < 1e-6
+    assert (out[:, o:] == 77).all()
+
+
 def test_a_broken_token_shows_and_stays_alone(device):
     x = normal(5, 256)
     x[2, 7] = float("nan")

@@ -5,7 +5,8 @@ become a float32 once, and are scaled and added. That one conversion per 128 pro
 weights that were folded (`decode.fold`) are added as int32 over all of N instead.
 
 `product` reads unpacked weights from scratch; `packed_product` reads the bytes of the file and decodes them for every
-block of tokens anew, which pays where there are few tokens.
+block of tokens anew, which pays where there are few tokens. It also takes activations that were not rounded, which the
+tensor cores add in float32.
 
 Shape letters: M tokens, N in-features, O out-features, G = N / 128.
 """
@@ -111,8 +112,8 @@ def _product(x, x_scales, w, w_scales, y, m, o, n, stride_y, stride_scales, SCAL
 
 @triton.jit(do_not_specialize=("m", "stride_scales"))
 def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, stride_scales, row_bytes, n, last_bytes,
-                    TERNARY: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
-                    TOGETHER: tl.constexpr):
+                    TERNARY: tl.constexpr, FLOATS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr):
     """The tile is computed transposed, [O, M]: then what is decoded goes to the tensor cores out of registers."""
     first_m, first_o = _place(m, o, BLOCK_M, BLOCK_O, TOGETHER)
     row, column = first_m + tl.arange(0, BLOCK_M), first_o + tl.arange(0, BLOCK_O)
@@ -139,8 +140,14 @@ def _packed_product(x, x_scales, codes, w_scales, y, m, o, stride_y, stride_scal
                 tl.interleave(tl.interleave(b & 1, (b >> 4) & 1), tl.interleave((b >> 2) & 1, (b >> 6) & 1)),
                 tl.interleave(tl.interleave((b >> 1) & 1, (b >> 5) & 1),
                               tl.interleave((b >> 3) & 1, (b >> 7) & 1))) * 2 - 1
-        part = tl.dot(w.to(tl.int8), tl.load(x_at), out_dtype=tl.int32).to(tl.float32)
-        result += part * (scale[:, None] * tl.load(x_scales + group * stride_scales + row_in)[None, :])
+        a = tl.load(x_at)
+        if FLOATS:
+            if GROUPS != 0:  # the interpreter multiplies the bits of bfloat16
+                a = a.to(tl.float32)
+            result += tl.dot(w.to(tl.int8).to(a.dtype), a) * scale[:, None]
+        else:
+            part = tl.dot(w.to(tl.int8), a, out_dtype=tl.int32).to(tl.float32)
+            result += part * (scale[:, None] * tl.load(x_scales + group * stride_scales + row_in)[None, :])
         x_at += 128
     tl.store(y + row[None, :].to(tl.int64) * stride_y + column[:, None], result.to(y.dtype.element_ty),
              mask=(row < m)[None, :] & (column < o)[:, None])
@@ -163,12 +170,12 @@ def product(act: Activations, values: Tensor, scales: Tensor, out: Tensor, tile:
 
 
 def packed_product(act: Activations, weight: PackedWeight, out: Tensor, tile: Tile) -> None:
-    """The same from a packed binary or ternary weight and activations of the kind int8."""
+    """The same from a packed binary or ternary weight and activations of the kind int8 or float."""
     last = max(1, -(-(weight.n % BLOCK) // 5))
     _packed_product[_grid(act.m, weight.o, tile)](
         act.values, act.scales, weight.codes, weight.scales, out, act.m, weight.o, out.stride(0),
         act.scale_stride, weight.codes.shape[1], weight.n, last, TERNARY=weight.encoding == "ternary",
-        **_options(tile, weight.n))
+        FLOATS=act.kind == "float", **_options(tile, weight.n))
 
 
 def _grid(m: int, o: int, tile: Tile) -> tuple[int]:

@@ -9,6 +9,7 @@
 | fp8      | fp8         | FP8 in scratch                     | Triton, FP8        | none                              |
 | blocks   | fp8         | FP8 in scratch                     | torch's, FP8 1x128 | none                              |
 | library  | float       | bfloat16 or float16 in scratch     | torch's            | rounding of weights               |
+| fused    | float       | decoded in the product             | Triton, floats     | none                              |
 
 Activations alone cost, on normally distributed values: int8 0.6 %, rows 0.9 %, FP8 2.6 % of the norm of a result.
 Scratch is shared by all layers: a weight is unpacked, multiplied and forgotten.
@@ -32,6 +33,8 @@ from linocut.kernels.gpu.gemm import Tile
 from linocut.kernels.problem import PackedWeight
 
 FEW_TOKENS = 128
+DECODING = ("packed", "fused")
+"""Routes that decode weights for every block of tokens anew."""
 LIBRARY_ROWS = 9216
 """Rows of W that are decoded to floats at a time: 57 MB at klein's width."""
 
@@ -92,6 +95,8 @@ def tiles(name: str, shape: Shape, device: str) -> list[Tile | None]:
 
 def _tiles(name: str, shape: Shape, device: str) -> list[Tile]:
     few = shape.m <= FEW_TOKENS
+    if name == "fused":
+        return [Tile(16 if shape.m <= 16 else 32, 64, 4, 4, 1), Tile(64, 128, 8, 3)]
     if name == "packed":
         return [Tile(16 if shape.m <= 16 else 32, 64, 4, 4, 1), Tile(64, 64, 4, 3), Tile(32, 128, 8, 3)]
     if runtime.capability(device) < runtime.COPY_ENGINE:
@@ -131,7 +136,7 @@ class Scratch:
 
 def scratch_bytes(name: str, n: int, o: int) -> int:
     """Bytes that a route takes of the scratch for W[O, N]."""
-    if name == "packed":
+    if name in DECODING:
         return 0
     if name == "library":
         return min(o, LIBRARY_ROWS) * n * 2
@@ -148,7 +153,7 @@ def run(route: Route, act: Activations, weight: PackedWeight, out: Tensor, scrat
         return
     if route.name == "library":
         _library(act.values, weight, out, scratch)
-    elif route.name == "packed":
+    elif route.name in DECODING:
         assert route.tile is not None
         gemm.packed_product(act, weight, out, route.tile)
     elif route.name == "folded":

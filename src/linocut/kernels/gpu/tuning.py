@@ -127,7 +127,7 @@ def measure(shapes: Iterable[Shape], device: str, seconds_of: Callable[[Route, S
     table, stop, names = Table.of(device), time.monotonic() + budget, tuple(names)
     ways = {shape: [(name, routes.tiles(name, shape, device)) for name in names
                     if routes.why_not(name, shape, device) is None and not table.knows(shape, name)
-                    and (name != "packed" or shape.m <= MOST_PACKED)]
+                    and (name not in routes.DECODING or shape.m <= MOST_PACKED)]
             for shape in {_key(shape): shape for shape in shapes}.values()}
     deepest = max((len(tiles) for each in ways.values() for _, tiles in each), default=0)
     for depth in range(deepest):
