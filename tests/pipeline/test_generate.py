@@ -14,6 +14,7 @@ from linocut.kernels import fused, native
 from linocut.kernels.dispatch import use_kernel
 from linocut.models.flux2_cpu import FusedTransformer
 from linocut.pipeline.generate import Pipeline
+from linocut.pipeline.request import size_note
 from linocut.pipeline.run import Progress
 
 PROMPT = "a red apple"
@@ -246,3 +247,22 @@ def test_networks_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 8'))
     with pytest.raises(FormatError, match="in_channels of the transformer"):
         Pipeline.from_pretrained(root)
+
+
+@pytest.mark.parametrize(("learned", "size", "told"), [
+    ([], (512, 32), False), ([[256, 256]], (256, 256), False), ([[256, 256]], (288, 224), False),
+    ([[256, 256]], (320, 192), True), ([[256, 256]], (512, 512), True), ([[256, 256], [320, 192]], (320, 192), False),
+    ([[256, 256], [320, 192]], (192, 320), True)])
+def test_a_size_that_was_not_learned_is_told(learned: list[list[int]], size: tuple[int, int], told: bool) -> None:
+    note = size_note({"trained_sizes": learned}, *size)
+    assert (note is not None) == told
+    if note is not None:
+        assert "has learned pictures of 256x256" in note
+        assert f"at {size[0]}x{size[1]} things" in note
+
+
+def test_the_embedded_models_say_what_they_have_learned() -> None:
+    pipe = linocut.Pipeline.from_pretrained("embedded")
+    for size, told in (((256, 256), False), ((320, 192), True)):
+        (picture,) = pipe.draw(PROMPT, width=size[0], height=size[1], num_inference_steps=1, seed=0)
+        assert any("has learned" in warning for warning in picture.warnings) == told

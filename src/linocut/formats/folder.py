@@ -29,7 +29,7 @@ SETTINGS_KEY = "linocut"  # of model_index.json
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _MAX_CONFIG = 10_000_000
 _DEFAULTS: dict[str, Any] = {"text_length": 512, "text_taps": [9, 18, 27], "default_size": [1024, 1024],
-                             "default_steps": 4}
+                             "default_steps": 4, "trained_sizes": []}
 
 
 def _embedded_root() -> Path:
@@ -140,7 +140,8 @@ class ModelFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps, is_distilled.
+        """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps, trained_sizes
+        ([w, h] each; none: it draws any), is_distilled.
 
         From the key "linocut" of model_index.json (or what diffusers keeps of it, see docs/format.md, 1.2), with
         FLUX.2-klein's values where it is silent; is_distilled is the index's own key (false if absent, as in
@@ -209,8 +210,9 @@ def read_settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
         "text_length": ("an integer from 1 to 65536", lambda v: _integer(v, 1, 65536)),
         "text_taps": ("three rising layer numbers", lambda v: isinstance(v, list) and len(v) == 3
                       and all(_integer(x, 1, 1000) for x in v) and v[0] < v[1] < v[2]),
-        "default_size": ("[width, height], multiples of 32", lambda v: isinstance(v, list) and len(v) == 2
-                         and all(_integer(x, 32, 65536) and x % 32 == 0 for x in v)),
+        "default_size": ("[width, height], multiples of 32", _is_size),
+        "trained_sizes": ("a list of [width, height], multiples of 32",
+                          lambda v: isinstance(v, list) and all(map(_is_size, v))),
         "default_steps": ("an integer from 1 to 1000", lambda v: _integer(v, 1, 1000)),
         "is_distilled": ("true or false", lambda v: isinstance(v, bool)),
     }
@@ -218,6 +220,10 @@ def read_settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
         if not holds(settings[key]):
             raise FormatError(f"setting {key} has the wrong form", path=path, expected=expected, found=settings[key])
     return settings
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_integer(x, 32, 65536) and x % 32 == 0 for x in value)
 
 
 def _integer(value: Any, low: int, high: int) -> bool:

@@ -5,7 +5,7 @@ every seed, and each of these `num_images` times with seed, seed + 1, ...
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +138,12 @@ def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width
         if not jobs:
             raise UsageError("the list of seeds is empty; give at least one, or none at all for a random one")
     return Request(tuple(jobs), width, height, steps, guidance, schedule_tokens, tile)
+
+
+def size_note(settings: Mapping[str, Any], width: int, height: int) -> str | None:
+    """What to tell who asks for a size that the model has not learned; None if it has, or a size near it."""
+    learned = settings["trained_sizes"]
+    if not learned or any(abs(width - w) <= w / 8 and abs(height - h) <= h / 8 for w, h in learned):
+        return None
+    sizes = ", ".join(f"{w}x{h}" for w, h in learned)
+    return f"this model has learned pictures of {sizes} only; at {width}x{height} things may be cut off or come twice"

@@ -28,7 +28,7 @@ from linocut.pipeline.embeddings import Entry
 from linocut.pipeline.measure import Meter, PhaseTiming
 from linocut.pipeline.memory import Ways
 from linocut.pipeline.png import Recipe
-from linocut.pipeline.request import Job, Request
+from linocut.pipeline.request import Job, Request, size_note
 from linocut.pipeline.sampler import euler
 from linocut.pipeline.schedule import choose_schedule
 from linocut.pipeline.vocabulary import Vocabulary
@@ -111,6 +111,7 @@ class Run:
         self.meter = Meter(pipe.device)
         self._preview_vae: Autoencoder | None = None
         self.vocabulary = Vocabulary.of(pipe.folder)
+        self._about_size = size_note(pipe.folder.settings, request.width, request.height)
         side = AutoencoderConfig.from_dict(pipe.folder.config("vae")).token_side
         self.grid = (request.height // side, request.width // side)
         self.schedule = choose_schedule(pipe.folder, self.grid[0] * self.grid[1], request.steps,
@@ -142,7 +143,7 @@ class Run:
                 latents, seeds = self._denoise(batch, features)
             for job, seed, image in zip(batch, seeds, self._decode(batch, latents), strict=True):
                 unknown = None if self.vocabulary is None else self.vocabulary.note(job.prompt)
-                told = [note for note in (notes[job.prompt], unknown, self.schedule.note) if note]
+                told = [note for note in (notes[job.prompt], unknown, self._about_size, self.schedule.note) if note]
                 yield Picture(image, self._recipe(job, seed), job.index, tuple(told))
 
     def _encode(self, prompts: list[str], notes: dict[str, str | None], job: Job) -> dict[str, Tensor]:

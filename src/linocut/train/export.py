@@ -104,6 +104,7 @@ def model_index(recipe: Recipe) -> dict[str, object]:
             "linocut": {"name": recipe.name,
                         "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
                         "default_size": [recipe.data.size, recipe.data.size],
+                        "trained_sizes": [[recipe.data.size] * 2, *map(list, recipe.data.shapes)],
                         "default_steps": recipe.default_steps or recipe.path.grid}}
 
 
