@@ -31,6 +31,8 @@ BASE_BYTES = 330 * MB
 """Resident memory of a process that has imported torch and drawn a picture of next to no size."""
 SCRATCH_BYTES = 64 * MB
 """Decoded rows of a packed layer (`linocut.kernels.blocked`), with what the matrix product and the allocator take."""
+_LIBRARY_BYTES = 8 * MB
+"""What torch's matrix products hold where blocks run layer by layer: up to 4.4 MB over the rest (AMD EPYC, no AMX)."""
 CONVOLUTION_BYTES = 64 * MB
 """What the convolution library and the allocator hold back while a picture is decoded."""
 KEEP_BELOW_BYTES = 256 * MB
@@ -209,7 +211,9 @@ class Planner:
         if self._fused and texts == 1 and not ways.keep_loaded:
             weights = max(self._streamed, weights - self._once)  # what embeds the only prompt goes as the rest comes
         copied = has_amx()
-        scratch = SCRATCH_BYTES * (3 if copied and not self._fused else 1)
+        scratch = SCRATCH_BYTES
+        if not self._fused:
+            scratch = 3 * SCRATCH_BYTES if copied else SCRATCH_BYTES + _LIBRARY_BYTES
         denoise = Phase("denoise", weights, max(block + (6 + together) * latents, self._timestep - weights) + known,
                         scratch, self._text_weights if ways.keep_loaded else 0, base)
 
