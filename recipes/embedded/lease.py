@@ -38,7 +38,7 @@ RECIPE = "recipes/embedded/recipe.toml"
 SHIPPED_VAE = Path("src/linocut/data/embedded/vae/diffusion_pytorch_model.safetensors")
 PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
 GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
-EXPORTING, JUDGING = 75.0, 170.0  # seconds that students, and arms of a study, leave at the end
+ENDING = 170.0  # seconds that students leave at the end to be packed and judged
 STUDENTS = ("ternary", "binary")
 
 
@@ -60,7 +60,7 @@ class Plan:
              distil: float | None = None, study: str = "") -> Plan:
         """Shares of a budget: the autoencoder goes on from what ships and needs little, the students have `distil`
         seconds or a third, and the teacher what is left."""
-        students = budget - min(JUDGING if study else EXPORTING, 0.2 * budget)
+        students = budget - min(ENDING, 0.2 * budget)
         vae = 0.0 if have_vae else min(95.0, 0.2 * budget)
         return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students, study)
 
@@ -104,24 +104,35 @@ class Conductor:
         self.attempt("students", plan.students, [self.task(name, plan.students, rank) for rank, name in
                                                  enumerate(todo)], apart=True)
         if self.attempt("export", plan.budget, [self.task("export", plan.budget)]):
-            self.pack("model", "model", *(f"{name}.png" for name in STUDENTS))
+            self.pack("model", "model", *self.files(*(f"{name}.*" for name in STUDENTS)))
+        self.judge("students.py", plan.recipe, "--run", str(self.folder))
+        self.pack("judged", *self.files("judged/*-*/**/*"))
         for name in filter(self.finished, STUDENTS):
             self.pack(name, self.slim(name))
         self.say("all done")
 
     def study(self) -> None:
         """Arms one after another, as long as there is time; then all that are there are judged, and packed."""
-        plan, out = self.plan, self.folder / "study"
-        shared = [plan.study, "--run", str(self.folder), "--out", str(out), "--device", plan.device]
-        arms = [sys.executable, "-m", "linocut.train.study", *shared, "--devices", str(plan.devices), "--until",
-                str(self.started + plan.students)]
+        plan = self.plan
+        shared = [plan.study, "--run", str(self.folder), "--out", str(self.folder / "study")]
+        arms = [sys.executable, "-m", "linocut.train.study", *shared, "--device", plan.device, "--devices",
+                str(plan.devices), "--until", str(self.started + plan.students)]
         self.attempt("study", plan.students, [Task("study", arms)])
-        judge = [sys.executable, "benchmarks/quality.py", *shared, "--at-once", "6" if plan.device == "cuda" else "1"]
-        self.attempt("judging", plan.budget, [Task("judging", judge)])
-        wanted = ("*", "*/*.*", "*/model-*/transformer/*", "judged*/**/*")  # no latent weights, nothing twice
-        files = {path for pattern in wanted for path in out.glob(pattern) if path.is_file()}
-        self.pack("model", *(str(path.relative_to(self.folder)) for path in sorted(files)))
+        self.judge("quality.py", *shared)
+        # No latent weights, nothing twice.
+        self.pack("model", *self.files("study/*", "study/*/*.*", "study/*/model-*/transformer/*", "study/judged*/**/*"))
         self.say("all done")
+
+    def judge(self, script: str, *arguments: str) -> None:
+        plan = self.plan
+        command = [sys.executable, f"benchmarks/{script}", *arguments]
+        command += ["--at-once", "6"] if plan.device == "cuda" else ["--device", "cpu", "-n", "6"]
+        self.attempt("judging", plan.budget, [Task("judging", command)])
+
+    def files(self, *patterns: str) -> list[str]:
+        """Paths in the run folder of all files that patterns find."""
+        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
+        return [str(path.relative_to(self.folder)) for path in sorted(found)]
 
     def pack_teacher(self) -> None:
         self.pack("teacher", "tokenizer", "teacher.png", self.slim("teacher", eight_bits=True))
@@ -258,8 +269,9 @@ def start(options: argparse.Namespace) -> None:
     elif options.recipe == RECIPE and not (run / "vae").exists():
         (run / "vae").mkdir()
         shutil.copy(SHIPPED_VAE, run / "vae" / "model.safetensors")
+        (run / "vae.done").touch()
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
-                                                                options.budget, bool(options.have),
+                                                                options.budget, (run / "vae.done").exists(),
                                                                 options.distil, options.study))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
@@ -292,7 +304,7 @@ def take_home(root: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     taken = root / "taken"
     seen = set(taken.read_text().split()) if taken.exists() else set()
-    order = ("model", "vae", "teacher", *STUDENTS)
+    order = ("model", "judged", "vae", "teacher", *STUDENTS)
     parts = sorted((path for path in (root / "parts").glob("*.tar.*") if path.name not in seen),
                    key=lambda path: (order.index(path.name.split(".")[0]), path.name))
     room, count = HOME_BYTES, HOME_FILES
@@ -330,8 +342,8 @@ def main() -> None:
             each.add_argument("--recipe", default=RECIPE)
             each.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
             each.add_argument("--have", type=Path, help="run folder with results to keep: vae, perhaps tokenizer and "
-                                                        "teacher (without it the embedded recipe's autoencoder goes on "
-                                                        "from the one that ships)")
+                                                        "teacher (without it the embedded recipe's autoencoder is "
+                                                        "the one that ships)")
             each.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
             each.add_argument("--devices", type=int, default=2)
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")

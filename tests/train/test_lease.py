@@ -48,13 +48,13 @@ def test_with_a_teacher_at_hand_the_students_come_first(tmp_path, monkeypatch, t
         made.folder.joinpath("teacher").mkdir()
         made.folder.joinpath("teacher", "model.safetensors").touch()
     made.conduct()
-    assert ran == (["students", "export"] if teacher else ["rehearsal", "teacher"])
+    assert ran == (["students", "export", "judging"] if teacher else ["rehearsal", "teacher"])
 
 
 def test_a_study_is_trained_judged_and_packed_without_what_is_large(tmp_path, monkeypatch):
     made, ran = conductor(tmp_path), []
     made.plan = lease.Plan.make("recipe.toml", "cuda", 1, 1600, True, 950, "study.toml")
-    assert made.plan.teacher == 1600 - lease.JUDGING - 950
+    assert made.plan.teacher == 1600 - lease.ENDING - 950
     monkeypatch.setattr(made, "attempt", lambda name, *_, **__: ran.append(name) or True)
     made.folder.joinpath("vae.done").touch()
     for path in ("ours/binary/model.safetensors", "ours/teacher/x", "ours/model-binary/transformer/x",
@@ -148,4 +148,4 @@ def test_the_whole_plan_at_toy_size_with_two_processes(tmp_path):
     left = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*")}
     assert {"model/model_index.json", "model/transformer/config.json", "model/transformer-binary/config.json",
             "teacher/model.safetensors", "teacher.png", "ternary.png", "binary.png", "vae/model.safetensors",
-            "ternary/model.safetensors", "logs/events.log"} <= left
+            "ternary/model.safetensors", "logs/events.log", "judged/binary-32x32-4/report.txt"} <= left

@@ -1,0 +1,100 @@
+"""The teacher and the students of a run folder, judged by GenEval's rules at two sizes.
+
+    PYTHONPATH=src python benchmarks/students.py recipes/embedded/recipe.toml --run runs/embedded
+    PYTHONPATH=src python benchmarks/students.py recipes/embedded/recipe.toml --run runs/embedded --table  # again
+
+Pictures of `--count` prompts of the test split: four of each at the recipe's size, one at the first of its other
+shapes; the teacher in the steps of its grid and in the models' own, students in the models' own. Results, one folder
+per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again. The table, Markdown,
+has scores in percent with their standard errors; `keeps` is the ratio to the teacher's score in the steps of its grid
+at that size, with its 95 % interval by bootstrap over prompts.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from judging import Judging, judge
+from quality import interval, plain
+
+from linocut.eval.prompts import read_prompts
+from linocut.eval.report import gather
+from linocut.eval.rules import GENEVAL_TASKS
+from linocut.eval.run import PROMPTS, results
+from linocut.eval.statistics import compare, scores
+from linocut.train.export import export, export_teacher
+from linocut.train.recipe import Recipe
+
+TEACHER, STUDENTS = "teacher", ("ternary", "binary")
+IMAGES = (4, 1)  # of a prompt, by size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="run folder with teacher and students")
+    parser.add_argument("-n", "--count", type=int, default=553, help="prompts")
+    parser.add_argument("--detector")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--table", action="store_true", help="draw nothing, only tell what is there")
+    given = parser.parse_args()
+    recipe = Recipe.from_file(given.recipe)
+    if not given.table:
+        draw(given, recipe)
+    print("\n".join(table(recipe, given.run / "judged")))
+    return 0
+
+
+def sizes(recipe: Recipe) -> list[tuple[int, int]]:
+    """Width and height of the pictures that are judged."""
+    return [(recipe.data.size, recipe.data.size), *recipe.data.shapes[:1]]
+
+
+def draw(given: argparse.Namespace, recipe: Recipe) -> None:
+    """Pack what was trained, and judge its pictures."""
+    out, usual = given.run / "judged", recipe.default_steps or recipe.path.grid
+    shared = ["--split", "test", "-n", str(given.count), "--device", given.device, "--keep", "none"]
+    shared += ["--detector", given.detector] if given.detector else []
+    runs = []
+    for name in (TEACHER, *STUDENTS):
+        if not (given.run / name / "model.safetensors").is_file():
+            continue
+        model = out / "models" / name
+        if not model.exists() and name == TEACHER:
+            export_teacher(recipe, given.run, model)
+        elif not model.exists():
+            export(recipe, given.run, model, {name: "transformer"})
+        for (width, height), images in zip(sizes(recipe), IMAGES, strict=False):
+            for steps in sorted({recipe.path.grid, usual} if name == TEACHER else {usual}):
+                runs.append(Judging(out / f"{name}-{width}x{height}-{steps}", [
+                    "-m", f"{name}={model}", "--size", f"{width}x{height}", "--steps", str(steps), "--images",
+                    str(images), *shared]))
+    judge(runs, given.at_once)
+
+
+def table(recipe: Recipe, out: Path) -> list[str]:
+    """All scores in Markdown."""
+    lines = [f"| size | model | steps | {' | '.join(GENEVAL_TASKS)} | mean | keeps, % |",
+             "|---|---|---:" + "|---:" * (len(GENEVAL_TASKS) + 2) + "|"]
+    for (width, height), images in zip(sizes(recipe), IMAGES, strict=False):
+        found = {}
+        for folder in sorted(out.glob(f"*-{width}x{height}-*/")):
+            name, _, steps = folder.name.split("-")
+            prompts = read_prompts(folder / PROMPTS)
+            found[name, int(steps)] = gather(results(folder, name), prompts, images, name).correct
+            tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
+        order = sorted(found, key=lambda each: ((TEACHER, *STUDENTS).index(each[0]), each[1]))
+        for name, steps in order:
+            right, whole = found[name, steps], found[TEACHER, recipe.path.grid]
+            (score,) = scores(right.mean(1)[:, None], tasks)
+            keeps = interval(compare(whole, right, tasks).ratio.to_dict()) if name != TEACHER else ""
+            each = (f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS)))
+            lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} | {plain(score.to_dict())} | "
+                         f"{keeps} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
