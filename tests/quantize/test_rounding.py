@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linocut.errors import FormatError, UsageError
 from linocut.formats.packed import ENCODINGS, MAX_SCALE, MIN_SCALE, dequantize, unpack
+from linocut.models.linear import FakeQuantLinear
 from linocut.quantize.rounding import (
     FAKE_METHODS,
     _affine_range,
@@ -265,6 +266,18 @@ def test_dynamo_traces_it_without_a_graph_break(encoding):
     assert torch.equal(out, fake_quantize(w, encoding, 0.5))
     out.sum().backward()
     assert torch.equal(w.grad, torch.ones_like(w))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_compiled_layer_has_the_gradient_of_one_that_is_not(encoding, backend):
+    layer = FakeQuantLinear(128, 3, encoding)  # torch 2.11 gives an autograd.Function's weight none here
+    layer(torch.ones(2, 128)).square().sum().backward()
+    wanted, layer.weight.grad = layer.weight.grad, None
+    layer.compile(backend=backend, dynamic=False)
+    layer(torch.ones(2, 128)).square().sum().backward()
+    assert wanted.any()
+    assert torch.equal(layer.weight.grad, wanted)
 
 
 def test_bad_input_is_refused():

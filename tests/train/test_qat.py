@@ -15,7 +15,7 @@ import torch
 from tiny_recipe import ROOT, write_recipe
 from torch import nn
 
-from linocut.errors import UsageError
+from linocut.errors import KernelError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.models.linear import FakeQuantLinear
 from linocut.quantize.rounding import fake_quantize
@@ -23,7 +23,7 @@ from linocut.train.autoencoder import load_vae
 from linocut.train.dataset import make_tokenizer
 from linocut.train.endgame import freeze_codes, hold_signs, keep_codes
 from linocut.train.loop import Ranks
-from linocut.train.monitor import Monitor, codes_of, plot, read_lines
+from linocut.train.monitor import Monitor, codes_of, plot, read_lines, require_gradients
 from linocut.train.objective import Objective
 from linocut.train.optimize import Average
 from linocut.train.painter import Painter
@@ -178,6 +178,17 @@ def test_the_log_tells_flips_zeros_and_scales(tmp_path):
     assert again.look(step=2, errors=[0.1, 0.1])["moved"] is None
     assert plot(again.file, tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_a_layer_without_gradient_is_told(tmp_path):
+    learning, still = FakeQuantLinear(128, 4, "binary"), FakeQuantLinear(128, 4, "ternary")
+    module = nn.Sequential(learning, nn.Linear(4, 4), still)
+    learning(torch.randn(2, 128)).sum().backward()
+    still.weight.grad = torch.zeros_like(still.weight)
+    with pytest.raises(KernelError, match=r"1 quantized layers get no gradient .* 2 among them; torch .* another"):
+        require_gradients(module)
+    still.weight.grad[0, 0] = 1e-9
+    require_gradients(module)
 
 
 def test_numbers_survive_to_the_last_digit(tmp_path):

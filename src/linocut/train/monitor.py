@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from linocut.errors import KernelError
 from linocut.formats.packed import GROUP_SIZE
 from linocut.models.linear import FakeQuantLinear
 from linocut.quantize.rounding import quantize_binary, quantize_ternary
@@ -38,6 +39,16 @@ def codes_of(layer: FakeQuantLinear) -> tuple[Tensor, Tensor]:
     if not len(weight):
         return weight.to(torch.int8), weight[:, :: GROUP_SIZE]
     return quantize_binary(weight) if layer.encoding == "binary" else quantize_ternary(weight, layer.method)
+
+
+def require_gradients(module: nn.Module) -> None:
+    """Raise KernelError if a quantized layer got no gradient: such a student learns with its dense tensors alone, and
+    looks as if it had learned what it can."""
+    still = [name for name, layer in coded_layers(module).items()
+             if layer.weight.grad is None or (local(layer.weight.grad).numel() and not local(layer.weight.grad).any())]
+    if still:
+        raise KernelError(f"{len(still)} quantized layers get no gradient and would never change, {still[0]} among "
+                          f"them; torch {torch.__version__} may compile them wrongly: try another version")
 
 
 class Monitor:

@@ -19,7 +19,7 @@ from linocut.train.critic import Critic
 from linocut.train.endgame import freeze_codes, hold_signs, keep_codes
 from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
-from linocut.train.monitor import Monitor, plot
+from linocut.train.monitor import Monitor, plot, require_gradients
 from linocut.train.objective import Objective
 from linocut.train.optimize import Average, set_rate
 from linocut.train.recipe import QatSettings
@@ -47,7 +47,10 @@ class Distillation:
     saved: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, batches: Sequence[Journeys]) -> None:
-        """All steps of the schedule. `batches` take turns; each makes one step of its own at its turn."""
+        """All steps of the schedule. `batches` take turns; each makes one step of its own at its turn.
+
+        Raises KernelError where quantized weights get no gradient.
+        """
         settings, schedule, ranks = self.settings, self.schedule, self.ranks
         parameters = list(self.transformer.parameters())
         monitor = Monitor(self.log, self.transformer, ranks, schedule.step)
@@ -57,6 +60,7 @@ class Distillation:
             mean = self.saved["mean"].to(ranks.device)
             self.objective.variance.copy_(self.saved["variance"])
             self.snapshot.restore_random(self.saved)
+        first = schedule.step
         for step in schedule:
             if settings.residual:
                 left = max(0.0, 1 - schedule.progress / max(settings.anneal, 1e-9))
@@ -65,6 +69,8 @@ class Distillation:
                 freeze_codes(self.transformer, self.average, self.optimizers)
                 frozen = True
             loss, errors = self._learn(step, batches)
+            if step == first:
+                require_gradients(self.transformer)
             if not self.sharded:  # else the gradients are averaged as they are dealt out
                 ranks.average(p.grad for p in parameters)
             if frozen:
