@@ -31,6 +31,17 @@ def test_equals_torch(device, shape, groups, silu):
     assert torch.equal(apart, found)  # a map whose channels lie apart is turned around first
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_of_a_strip(device, dtype):
+    whole = (normal(1, 8, 9, 5) * 3 + 1).to(dtype).to(device).contiguous(memory_format=torch.channels_last)
+    strip = whole[:, :, 2:7]  # rows of a map, no copy
+    mean, variance = group_norm.moments(strip)
+    values = strip.cpu().double()
+    assert relative(mean, values.mean((2, 3))) < 1e-6
+    assert relative(variance, values.var((2, 3), correction=0)) < 1e-6
+    assert mean.dtype == variance.dtype == torch.float64
+
+
 def test_a_map_far_from_zero_keeps_its_digits(device):
     """A variance of a millionth of the square of the mean."""
     x = normal(1, 8, 9, 9) + 1000

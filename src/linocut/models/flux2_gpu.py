@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from linocut.kernels import fusible
 from linocut.kernels.gpu import accuracy, graphs, routes, rows, runtime, timing, tuning
-from linocut.kernels.gpu.activations import Activations
+from linocut.kernels.gpu.activations import Activations, layout
 from linocut.kernels.gpu.routes import Route, Scratch, Shape
 from linocut.kernels.problem import PackedWeight
 from linocut.models.configs import Flux2Config
@@ -214,10 +214,12 @@ class _Step:
         self._modulations = torch.empty(18, width, device=device)
         triples = [_Vectors(*triple) for triple in self._modulations.split(3)]
         self.image_mod, self.text_mod, self.single_mod, self.out = triples[:2], triples[2:4], triples[4], triples[5]
-        self._acts: dict[tuple[str, int], Activations] = {}
+        self._acts = Scratch(device)
         self.pending: list[_Pending] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.runs = 0
+        for shape, choice in self.choices.items():  # as much as any of them takes, before there is a graph
+            self.activations(choice.route.kind, shape.m, shape.n)
 
     def set(self, latents: Tensor, context: Tensor, mod: Modulations, picture: int) -> None:
         """Put in what a picture's step starts from."""
@@ -232,13 +234,10 @@ class _Step:
         """How a product of m tokens with a weight runs."""
         return self.choices[Shape(m, weight.n, weight.o, weight.encoding)].route
 
-    def activations(self, kind: str, n: int, tokens: slice) -> Activations:
-        """Memory for activations [S, n] of a kind, the rows of some tokens."""
-        key = (kind, n)
-        if key not in self._acts:
-            self._acts[key] = Activations.empty(kind, self.text + self.image, n, self.device, DTYPE)
-        start, stop, _ = tokens.indices(self.text + self.image)
-        return self._acts[key].rows(start, stop)
+    def activations(self, kind: str, m: int, n: int) -> Activations:
+        """Memory for activations [m, n] of a kind, which one product reads; the next one's lie in the same place."""
+        values, *scales = self._acts.take(*layout(kind, m, n, DTYPE))
+        return Activations(kind, values, scales[0] if scales else None)
 
     def normalize(self, tokens: slice, vectors: _Vectors, out: Activations) -> None:
         """Add to x what is pending for these tokens, and norm them into `out`."""
@@ -380,7 +379,8 @@ class _Single(NamedTuple):
 def _multiply(step: _Step, scratch: Scratch, weight: PackedWeight, out: Tensor, tokens: slice,
               fill: Callable[[Activations], None]) -> None:
     """out = x @ W.T for the activations x of some tokens, which `fill` writes in the form that the route reads."""
-    route = step.route(tokens.stop - tokens.start, weight)
-    act = step.activations(route.kind, weight.n, tokens)
+    m = tokens.stop - tokens.start
+    route = step.route(m, weight)
+    act = step.activations(route.kind, m, weight.n)
     fill(act)
     routes.run(route, act, weight, out, scratch)

@@ -112,8 +112,8 @@ def gpu_step_bytes(config: Flux2Config, text: int, image: int) -> int:
     width, mlp, tokens = config.width, config.mlp_width, text + image
     # Residual; a block's widest product; what a branch adds; attention's output, twice while it is turned into rows.
     rows = 4 * width + 2 * (3 * width + 2 * mlp) + 2 * width + 4 * width
-    # What goes into each product, with two bytes a value at most: norms, attention, both kinds of hidden units.
-    rows += 2 * (2 * width + mlp + width + mlp)
+    # What goes into a product, with two bytes a value at most; all of them share the memory of the widest.
+    rows += 2 * (width + mlp)
     largest = max((3 * width + 2 * mlp) * width, width * (width + mlp))
     edges = 4 * (text * width + tokens * config.attention_head_dim + image * (width + 4 * config.in_channels))
     return tokens * rows + largest + largest // 32 + edges

@@ -33,7 +33,9 @@ from linocut.pipeline.memory import (
 BASE_BYTES = 850 * MB
 """GPU memory of a process beside what torch takes for tensors: context, kernels, workspaces (800 MB on a H200)."""
 _STRIPS = 200 * MB
-"""What convolutions of strips take beside their maps (170 MB on a H200)."""
+"""What convolutions of strips take beside their maps, and the pieces that no map fits into."""
+_PIECES = 150 * MB
+"""What torch holds in pieces that no tensor fits into, while it reads and denoises (93 MB of 1.6 GB on a H200)."""
 _LEFT_OVER = 250 * MB
 """What torch keeps in blocks of earlier phases that the decoder's maps do not fit into, where networks stay."""
 _shares: dict[int, list[float]] = {}  # by number of the GPU: torch's share before any limit, then those of limits
@@ -67,12 +69,12 @@ class GpuPlanner(Planner):
         text = self.text_all
         reading = text - (0 if not ways.stream else self.text_layers - 2 * self.text_largest)
         layer = footprint.layer_bytes(self.text, length, size)
-        encode = Phase("encode", reading, layer + known + features, SCRATCH_BYTES, base=base)
+        encode = Phase("encode", reading, layer + known + features, SCRATCH_BYTES + _PIECES, base=base)
         step = footprint.gpu_step_bytes(self.transformer, length, image) if self._on_gpu else \
             footprint.block_bytes(self.transformer, length, image, size)
         held = text + layer + SCRATCH_BYTES if ways.keep_loaded else 0  # and what the encoder works in
         denoise = Phase("denoise", self._weights, max(step, self._timestep - self._weights) + known
-                        + (6 + together) * latents, SCRATCH_BYTES, held, base)
+                        + (6 + together) * latents, SCRATCH_BYTES + _PIECES, held, base)
         value = 2 if runtime.why_no_products(self.device) is None else size
         work = footprint.decode_bytes(vae, width, height, ways.tile, value) + known + together * latents
         decode = Phase("decode", self._vae_values * value, work + 4 * width * height,

@@ -22,6 +22,18 @@ from linocut.formats.packed import GROUP_SIZE
 KINDS = ("int8", "rows", "fp8", "float")
 
 
+def layout(kind: str, m: int, n: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what M tokens of N features, a multiple of 128, lie in: values, then scales where there are
+    any. `dtype` is that of floats."""
+    if n <= 0 or n % GROUP_SIZE:
+        raise KernelError(f"activations are quantized in groups (expected N a multiple of 128, found {n})")
+    if kind not in KINDS:
+        raise KernelError(f"there is no kind of activations called {kind!r} (known: {', '.join(KINDS)})")
+    stored = {"int8": torch.int8, "rows": torch.int8, "fp8": torch.float8_e4m3fn, "float": dtype}[kind]
+    shape = {"int8": (n // GROUP_SIZE, m), "rows": (m,), "fp8": (n // GROUP_SIZE, m), "float": None}[kind]
+    return [((m, n), stored), *([] if shape is None else [(shape, torch.float32)])]
+
+
 @dataclass(frozen=True)
 class Activations:
     """x[M, N] in one of the kinds above; filled by `kernels.gpu.rows`."""
@@ -36,14 +48,9 @@ class Activations:
     def empty(cls, kind: str, m: int, n: int, device: torch.device | str,
               dtype: torch.dtype = torch.bfloat16) -> "Activations":
         """Memory for M tokens of N features, a multiple of 128; `dtype` is that of floats."""
-        if n <= 0 or n % GROUP_SIZE:
-            raise KernelError(f"activations are quantized in groups (expected N a multiple of 128, found {n})")
-        if kind not in KINDS:
-            raise KernelError(f"there is no kind of activations called {kind!r} (known: {', '.join(KINDS)})")
-        stored = {"int8": torch.int8, "rows": torch.int8, "fp8": torch.float8_e4m3fn, "float": dtype}[kind]
-        shape = {"int8": (n // GROUP_SIZE, m), "rows": (m,), "fp8": (n // GROUP_SIZE, m), "float": None}[kind]
-        scales = None if shape is None else torch.empty(shape, dtype=torch.float32, device=device)
-        return cls(kind, torch.empty((m, n), dtype=stored, device=device), scales)
+        values, *scales = (torch.empty(shape, dtype=stored, device=device)
+                           for shape, stored in layout(kind, m, n, dtype))
+        return cls(kind, values, scales[0] if scales else None)
 
     @property
     def m(self) -> int:

@@ -54,11 +54,8 @@ def _scaled(x, scale, shift, y, pixels, channels, CHANNELS: tl.constexpr, ROWS: 
     tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
-    """`F.group_norm(x, groups, weight, bias, eps)` of x [B, C, H, W], followed by SiLU if asked for; channels last.
-
-    Computed in float32; the result has the dtype of x (float32, bfloat16 or float16).
-    """
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of x [B, C, H, W], channels last: float64 [B, C]."""
     x = x.contiguous(memory_format=torch.channels_last)
     pictures, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     padded = triton.next_power_of_2(channels)
@@ -67,13 +64,23 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     sums = torch.empty(pictures, parts, 2, channels, dtype=torch.float32, device=x.device)
     _moments[(parts, pictures)](x, sums, pixels, channels, parts, CHANNELS=padded, ROWS=rows, TILES=_TILES)
     distance, squares = (sums.sum(1, dtype=torch.float64) / pixels).unbind(1)
-    mean = (distance + x[:, :, 0, 0]).unflatten(1, (groups, -1))
-    variance = (squares - distance**2).unflatten(1, (groups, -1))
+    return distance + x[:, :, 0, 0], squares - distance**2
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
+    """`F.group_norm(x, groups, weight, bias, eps)` of x [B, C, H, W], followed by SiLU if asked for; channels last.
+
+    Computed in float32; the result has the dtype of x (float32, bfloat16 or float16).
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    pictures, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    mean, variance = (each.unflatten(1, (groups, -1)) for each in moments(x))
     centre = mean.mean(2, keepdim=True)
     spread = (variance + (mean - centre) ** 2).mean(2, keepdim=True)
     scale = weight.double() * (spread + eps).rsqrt().expand_as(mean).flatten(1)
     shift = bias.double() - centre.expand_as(mean).flatten(1) * scale
-    y = torch.empty_like(x)
+    y, padded = torch.empty_like(x), triton.next_power_of_2(channels)
+    rows = max(1, _VALUES // padded)
     _scaled[(triton.cdiv(pixels, rows), pictures)](x, scale.float(), shift.float(), y, pixels, channels,
                                                    CHANNELS=padded, ROWS=rows, SILU=silu)
     return y
