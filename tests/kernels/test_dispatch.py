@@ -54,6 +54,8 @@ def test_int8_weights_are_decoded_and_their_activations_are_not_rounded():
     x = torch.randn(5, 256)
     wanted = x.double() @ torch.from_numpy(dequantize(packed)).double().T
     assert relative_error(dispatch.linear(x, *tensors(packed), "int8"), wanted) < 1e-6
+    with dispatch.use_kernel("int8"):  # a whole model can be asked for it
+        assert dispatch.select(given).name == "native"
     with pytest.raises(ValueError, match="no packed product"):
         cpu.linear_quantized(cpu.quantize(x), checked(*tensors(packed), "int8", 256))
 

@@ -4,7 +4,8 @@
 Order: int8 (C++ on packed weights, activations rounded), native (C++ decoders, float activations), the same two on
 NVIDIA GPUs (triton-int8, triton), reference (torch only, always can). `generic` (a C++ scalar product, the slow oracle
 of the C++ side) runs only when asked for. An override is either the environment variable `LINOCUT_KERNEL`, which is
-auto or one of these names, or, in code and for one context only, `use_kernel(name)`.
+auto or one of these names, or, in code and for one context only, `use_kernel(name)`. Layers whose activations are never
+rounded follow an override that rounds them with their weights decoded.
 
 torch.compile sees a linear on the CPU as one operator, `torch.ops.linocut.packed_linear`, which chooses when it runs;
 its gradient for x is another one.
@@ -25,6 +26,7 @@ from torch import Tensor
 from linocut.errors import KernelError
 from linocut.kernels.blocked import blocked_backward
 from linocut.kernels.cpu import Int8
+from linocut.kernels.fusible import MULTIPLIED, ON_GPU
 from linocut.kernels.gpu.candidates import Triton, TritonInt8
 from linocut.kernels.native import Generic, Native
 from linocut.kernels.problem import Candidate, PackedWeight, Problem, checked
@@ -34,6 +36,9 @@ __all__ = ["CANDIDATES", "Candidate", "PackedWeight", "Problem", "candidate", "d
            "requested", "select", "use_kernel"]
 
 CANDIDATES: tuple[Candidate, ...] = (Int8(), Native(), TritonInt8(), Triton(), Reference(), Generic())
+_ROUNDING = {"int8": (MULTIPLIED, "native"), "triton-int8": (ON_GPU, "triton")}
+"""Kernels that round activations: the encodings that they do it for, and who computes with the others when one is asked
+for, as a model has layers of several encodings."""
 _override: ContextVar[str | None] = ContextVar("linocut_kernel", default=None)
 
 
@@ -77,8 +82,9 @@ def explain(problem: Problem) -> list[tuple[str, str | None]]:
 def select(problem: Problem) -> Candidate:
     """The kernel for `problem`, honouring an override. KernelError lists every reason if none can."""
     name = requested()
+    encodings, instead = _ROUNDING.get(name, (None, name))
     if name != "auto":
-        asked = candidate(name)
+        asked = candidate(name if encodings is None or problem.encoding in encodings else instead)
         reason = asked.why_not(problem)
         if reason is None:
             return asked
