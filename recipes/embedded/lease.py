@@ -5,12 +5,12 @@
     python recipes/embedded/lease.py join FOLDER --out runs/embedded # at home: parts become a run folder again
 
 `start` copies the code away and begins the stages with one process per GPU (`--devices`): autoencoder, teacher, then
-both students side by side, export. The steps of each stage end at a time counted from the start, whatever came before.
-Beside the first stage a rehearsal runs all of them for a few steps, so that mistakes show in the first minutes and
-everything is compiled by the time it counts. A stage that breaks is run once more from its saved state; another
-`start` goes on with what is not done. `watch` returns early when something fails. A machine that goes back when it
-idles takes everything with it: call `watch` again at once, and take the teacher home as soon as it is packed. It all
-needs nothing but Python's library, and can be tried without a GPU:
+both students side by side, export, judging. The steps of each stage end at a time counted from the start, whatever
+came before. Beside the first stage a rehearsal runs all of them for a few steps, so that mistakes show in the first
+minutes and everything is compiled by the time it counts. A stage that breaks is run once more from its saved state;
+another `start` goes on with what is not done. `watch` returns early when something fails. A machine that goes back
+when it idles takes everything with it: call `watch` again at once, and take the teacher home as soon as it is packed.
+It all needs nothing but Python's library, and can be tried without a GPU:
 
     python recipes/embedded/lease.py start --recipe recipes/tiny-cpu.toml --device cpu --budget 200 --root /tmp/try
 
@@ -54,15 +54,16 @@ class Plan:
     teacher: float
     students: float
     study: str = ""
+    only: str = ""
 
     @classmethod
     def make(cls, recipe: str, device: str, devices: int, budget: float, have_vae: bool = False,
-             distil: float | None = None, study: str = "") -> Plan:
+             distil: float | None = None, study: str = "", only: str = "") -> Plan:
         """Shares of a budget: the autoencoder goes on from what ships and needs little, the students have `distil`
         seconds or a third, and the teacher what is left."""
         students = budget - min(ENDING, 0.2 * budget)
         vae = 0.0 if have_vae else min(95.0, 0.2 * budget)
-        return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students, study)
+        return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students, study, only)
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ class Conductor:
         if plan.study:
             self.study()
             return
-        todo = [name for name in STUDENTS if not self.finished(name)]
-        self.attempt("students", plan.students, [self.task(name, plan.students, rank) for rank, name in
-                                                 enumerate(todo)], apart=True)
+        todo = [name for name in STUDENTS if not self.finished(name) and plan.only in ("", name)]
+        if len(todo) == 1:
+            self.attempt("students", plan.students, self.together(todo[0], plan.students))
+        else:
+            self.attempt("students", plan.students, [self.task(name, plan.students, rank) for rank, name in
+                                                     enumerate(todo)], apart=True)
         if self.attempt("export", plan.budget, [self.task("export", plan.budget)]):
             self.pack("model", "model", *self.files(*(f"{name}.*" for name in STUDENTS)))
         self.judge("students.py", plan.recipe, "--run", str(self.folder))
@@ -272,7 +276,7 @@ def start(options: argparse.Namespace) -> None:
         (run / "vae.done").touch()
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
                                                                 options.budget, (run / "vae.done").exists(),
-                                                                options.distil, options.study))))
+                                                                options.distil, options.study, options.only))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdin=subprocess.DEVNULL,
@@ -349,6 +353,7 @@ def main() -> None:
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
             each.add_argument("--distil", type=float, help="seconds of them for the students")
             each.add_argument("--study", default="", help="train this study's arms instead of students")
+            each.add_argument("--only", choices=STUDENTS, default="", help="a student to train alone, on all GPUs")
         elif name == "watch":
             each.add_argument("--seconds", type=float, default=560)
             each.add_argument("--home", type=Path, help="folder for results")

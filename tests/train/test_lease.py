@@ -51,6 +51,20 @@ def test_with_a_teacher_at_hand_the_students_come_first(tmp_path, monkeypatch, t
     assert ran == (["students", "export", "judging"] if teacher else ["rehearsal", "teacher"])
 
 
+def test_one_student_alone_has_all_devices(tmp_path, monkeypatch):
+    made, ran = conductor(tmp_path), []
+    made.plan = lease.Plan.make("recipe.toml", "cuda", 2, 1600, True, 950, only="binary")
+    monkeypatch.setattr(made, "attempt", lambda name, until, tasks, **_: ran.append((name, tasks)))
+    made.folder.joinpath("vae.done").touch()
+    made.folder.joinpath("teacher").mkdir()
+    made.folder.joinpath("teacher", "model.safetensors").touch()
+    made.conduct()
+    assert [name for name, _ in ran] == ["students", "export", "judging"]
+    tasks = ran[0][1]
+    assert [task.env["RANK"] for task in tasks] == ["0", "1"]
+    assert all(task.command[task.command.index("--stage") + 1] == "binary" for task in tasks)
+
+
 def test_a_study_is_trained_judged_and_packed_without_what_is_large(tmp_path, monkeypatch):
     made, ran = conductor(tmp_path), []
     made.plan = lease.Plan.make("recipe.toml", "cuda", 1, 1600, True, 950, "study.toml")
@@ -148,4 +162,4 @@ def test_the_whole_plan_at_toy_size_with_two_processes(tmp_path):
     left = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*")}
     assert {"model/model_index.json", "model/transformer/config.json", "model/transformer-binary/config.json",
             "teacher/model.safetensors", "teacher.png", "ternary.png", "binary.png", "vae/model.safetensors",
-            "ternary/model.safetensors", "logs/events.log", "judged/binary-32x32-4/report.txt"} <= left
+            "ternary/model.safetensors", "logs/events.log", "judged/binary-32x32-2/report.txt"} <= left
