@@ -455,10 +455,10 @@ def test_the_embedded_models(name, tmp_path, monkeypatch):
     convert(tmp_path / "dense", tmp_path / "back", "linocut")
     packed, back = (packed_bytes(tmp_path / folder / "transformer") for folder in ("packed", "back"))
     assert back.items() <= packed.items()
-    # Four-bit weights come back as their exact values, but dense.
+    # Weights of four and eight bits come back as their exact values, but dense.
     with Checkpoint.open(tmp_path / "packed" / "transformer") as checkpoint:
-        four = {name for name, entry in checkpoint.packed.items() if entry.encoding == "affine4"}
-    assert {name.rpartition(".")[0] for name in packed.keys() - back.keys()} == four
+        more = {name for name, entry in checkpoint.packed.items() if entry.encoding in ("affine4", "int8")}
+    assert {name.rpartition(".")[0] for name in packed.keys() - back.keys()} == more
     monkeypatch.setenv("LINOCUT_KERNEL", "auto")
     difference = np.abs(np.asarray(their_latents(pipe, arguments)[1]).astype(int) -
                         np.asarray(our_latents(name)[1]).astype(int))
