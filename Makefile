@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= two red apples and a blue cup
 MODEL ?= embedded
-SEED ?= 2
+SEED ?= 8
 OUT ?= demo.png
 PYTEST_ARGS ?=
 
