@@ -276,6 +276,7 @@ def test_a_compiled_layer_has_the_gradient_of_one_that_is_not(encoding, backend)
     wanted, layer.weight.grad = layer.weight.grad, None
     layer.compile(backend=backend, dynamic=False)
     layer(torch.ones(2, 128)).square().sum().backward()
+    torch._dynamo.reset()  # of one method torch compiles but a few variants in a process; other tests need theirs
     assert wanted.any()
     assert torch.equal(layer.weight.grad, wanted)
 
