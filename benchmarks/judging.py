@@ -1,4 +1,5 @@
-"""Many runs of `linocut eval geneval`, several at a time, each a process of its own with a folder and a log."""
+"""Many runs of `linocut eval geneval`, several at a time, each a process of its own with a folder and a log; and what
+came out of them."""
 
 import os
 import subprocess
@@ -7,6 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+
+from linocut.eval.prompts import read_prompts
+from linocut.eval.report import gather
+from linocut.eval.rules import GENEVAL_TASKS
+from linocut.eval.run import PROMPTS, results
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,14 @@ def judge(runs: Sequence[Judging], at_once: int) -> None:
     finally:
         for _, process in running:
             process.terminate()
+
+
+def outcomes(folder: Path, label: str, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a run that is over: which pictures are right, bool [prompts, images], and each prompt's task as its number in
+    `GENEVAL_TASKS`, int [prompts]."""
+    prompts = read_prompts(folder / PROMPTS)
+    tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
+    return gather(results(folder, label), prompts, images, label).correct, tasks
 
 
 def log_of(folder: Path) -> Path:

@@ -11,6 +11,10 @@ the same prompts; the columns are
 - PSNR: of pictures of the prompts in --held-out to MODEL's on the same noise, mean in dB;
 - seconds of the whole command, and its peak resident memory, mapped files included.
 
+With --judge N, N prompts of the embedded world's test split are then drawn by MODEL and by all others, `--images` times
+each, in MODEL's default steps. A second table has their scores by task in percent, the mean's standard error, and what
+is kept of MODEL's mean, with its 95 % interval by bootstrap over prompts.
+
 What a method has finished in DIR is taken from there; remove DIR to measure again.
 """
 
@@ -23,8 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judging import Judging, judge, outcomes
+from quality import interval, plain
 from quantize import run
 
+from linocut.eval.rules import GENEVAL_TASKS
+from linocut.eval.statistics import compare, scores
+
+SOURCE = "source"
 METHODS = ("absmean", "exact", "folds", "gptq", "descent", "reconstruct")
 
 
@@ -54,8 +64,32 @@ def psnr(pictures: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 1e-9))))
 
 
+def judge_all(options: argparse.Namespace, names: list[str]) -> None:
+    """Pictures of MODEL and of what was made of it, judged; a run that was cut goes on."""
+    shared = ["--split", "test", "-n", str(options.judge), "--images", str(options.images), "--keep", "none"]
+    for name in ("device", "detector"):
+        shared += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
+    models = {SOURCE: options.model} | {name: str(options.work / name) for name in names}
+    judge([Judging(options.work / "judged" / name, ["-m", f"{name}={model}", *shared])
+           for name, model in models.items()], options.at_once)
+
+
+def standings(options: argparse.Namespace, names: list[str]) -> list[str]:
+    """All scores in Markdown."""
+    lines = [f"| model | {' | '.join(GENEVAL_TASKS)} | mean | keeps, % |", "|---|" + "---:|" * (len(GENEVAL_TASKS) + 2)]
+    whole = None
+    for name in (SOURCE, *names):
+        right, tasks = outcomes(options.work / "judged" / name, name, options.images)
+        keeps = "" if whole is None else interval(compare(whole, right, tasks).ratio.to_dict())
+        whole = right if whole is None else whole
+        (score,) = scores(right.mean(1)[:, None], tasks)
+        by_task = " | ".join(f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS)))
+        lines.append(f"| {name} | {by_task} | {plain(score.to_dict())} | {keeps} |")
+    return lines
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, help="prompts to draw; none: no pictures are drawn")
@@ -65,6 +99,10 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--device", help="as for linocut quantize")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--judge", type=int, metavar="N", help="prompts to judge by; none: nothing is judged")
+    parser.add_argument("--images", type=int, default=4, help="pictures of each of them")
+    parser.add_argument("--detector", help="as for linocut eval geneval")
+    parser.add_argument("--at-once", type=int, default=1, help="models that are judged side by side")
     options = parser.parse_args()
     from linocut.train.ptq.ladder import read_prompts
 
@@ -86,6 +124,10 @@ def main() -> None:
                      f"{np.mean(outputs):.4f}", by_step, f"{np.mean(velocity):.4f}", picture,
                      f"{report['seconds']:.0f}", f"{report['peak_bytes'] / 1e6:.0f}")
             print(f"| {' | '.join(cells)} |", flush=True)
+    if options.judge:
+        names = [f"{encoding}-{method}" for encoding in options.encoding for method in options.method]
+        judge_all(options, names)
+        print("", *standings(options, names), sep="\n")
 
 
 if __name__ == "__main__":

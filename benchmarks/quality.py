@@ -24,12 +24,9 @@ from typing import Any
 
 import numpy as np
 from gpu_loss import facts
-from judging import Judging, judge
+from judging import Judging, judge, outcomes
 
-from linocut.eval.prompts import read_prompts
-from linocut.eval.report import gather
 from linocut.eval.rules import GENEVAL_TASKS
-from linocut.eval.run import PROMPTS, results
 from linocut.eval.statistics import compare, gap_closed, scores
 from linocut.train.export import export, export_teacher
 from linocut.train.study import ENCODINGS, REPORT, Study
@@ -88,12 +85,11 @@ def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], j
 
 def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, Any]:
     """All figures by encoding and arm."""
-    prompts = read_prompts(judged / TEACHER / PROMPTS)
-    tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
-    right = {label: gather(results(judged / label, label), prompts, IMAGES, label).correct
-             for label in [TEACHER, *(f"{arm}.{encoding}" for arm, encoding in arms)]}
+    right = {}
+    for label in [TEACHER, *(f"{arm}.{encoding}" for arm, encoding in arms)]:
+        right[label], tasks = outcomes(judged / label, label, IMAGES)
     estimates = dict(zip(right, scores(np.stack([each.mean(1) for each in right.values()], 1), tasks), strict=True))
-    found: dict[str, Any] = {"device": facts(), "prompts": len(prompts), "images": IMAGES,
+    found: dict[str, Any] = {"device": facts(), "prompts": len(tasks), "images": IMAGES,
                              TEACHER: {"score": estimates[TEACHER].to_dict()}}
     for arm, encoding in arms:
         label, usual = f"{arm}.{encoding}", right.get(f"{USUAL}.{encoding}")

@@ -14,14 +14,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from judging import Judging, judge
+from judging import Judging, judge, outcomes
 from quality import interval, plain
 
-from linocut.eval.prompts import read_prompts
-from linocut.eval.report import gather
 from linocut.eval.rules import GENEVAL_TASKS
-from linocut.eval.run import PROMPTS, results
 from linocut.eval.statistics import compare, scores
 from linocut.train.export import export, export_teacher
 from linocut.train.recipe import Recipe
@@ -82,9 +78,7 @@ def table(recipe: Recipe, out: Path) -> list[str]:
         found = {}
         for folder in sorted(out.glob(f"*-{width}x{height}-*/")):
             name, _, steps = folder.name.split("-")
-            prompts = read_prompts(folder / PROMPTS)
-            found[name, int(steps)] = gather(results(folder, name), prompts, images, name).correct
-            tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
+            found[name, int(steps)], tasks = outcomes(folder, name, images)
         order = sorted(found, key=lambda each: ((TEACHER, *STUDENTS).index(each[0]), each[1]))
         for name, steps in order:
             right, whole = found[name, steps], found[TEACHER, recipe.path.grid]
