@@ -27,27 +27,42 @@ class Judging:
 
 
 def judge(runs: Sequence[Judging], at_once: int) -> None:
-    """All of them; one that was cut goes on. Raises SystemExit with the end of what a process said that failed."""
-    waiting, running = list(runs), list[tuple[Path, subprocess.Popen[bytes]]]()
+    """All of them, spread over the GPUs; one that was cut goes on.
+
+    Raises SystemExit with the end of what a process said that failed.
+    """
+    waiting, places = list(runs), gpus()
+    running: list[tuple[Path, subprocess.Popen[bytes], str]] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 run = waiting.pop(0)
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, "-m", "linocut", "eval", "geneval", "--out", str(run.folder), *run.arguments]
+                place = min(places, key=[taken for *_, taken in running].count)
                 with log_of(run.folder).open("wb") as log:
-                    running.append((run.folder, subprocess.Popen(command, env=os.environ | run.environment, stdout=log,
-                                                                 stderr=subprocess.STDOUT)))
-            for folder, process in list(running):
+                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                               env=os.environ | {"CUDA_VISIBLE_DEVICES": place} | run.environment)
+                running.append((run.folder, process, place))
+            for each in list(running):
+                folder, process, _ = each
                 if process.poll() is not None:
-                    running.remove((folder, process))
+                    running.remove(each)
                     print(f"{folder.name}: exit code {process.returncode}", flush=True)
                     if process.returncode:
                         raise SystemExit(log_of(folder).read_text(errors="replace")[-2000:])
             time.sleep(0.2)
     finally:
-        for _, process in running:
+        for _, process, _ in running:
             process.terminate()
+
+
+def gpus() -> list[str]:
+    """The GPUs of this process by the names that CUDA_VISIBLE_DEVICES has for them; one empty name for none."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())] or [""]
 
 
 def outcomes(folder: Path, label: str, images: int) -> tuple[np.ndarray, np.ndarray]:

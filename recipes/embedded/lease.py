@@ -130,7 +130,7 @@ class Conductor:
     def judge(self, script: str, *arguments: str) -> None:
         plan = self.plan
         command = [sys.executable, f"benchmarks/{script}", *arguments]
-        command += ["--at-once", "6"] if plan.device == "cuda" else ["--device", "cpu", "-n", "6"]
+        command += ["--at-once", str(6 * plan.devices)] if plan.device == "cuda" else ["--device", "cpu", "-n", "6"]
         self.attempt("judging", plan.budget, [Task("judging", command)])
 
     def files(self, *patterns: str) -> list[str]:
