@@ -12,7 +12,7 @@ INTERPRET = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
 with pytest.MonkeyPatch.context() as patch:  # what kernels become is decided where they are defined
     for name, value in INTERPRET.items():
         patch.setenv(name, value)
-    from linocut.kernels.gpu import activations, candidates, decode, gemm, group_norm, routes, rows  # noqa: F401
+    from linocut.kernels.gpu import activations, candidates, columns, decode, gemm, group_norm, routes, rows  # noqa: F401
     from linocut.models import flux2_gpu, text_encoder_gpu  # noqa: F401
 
 

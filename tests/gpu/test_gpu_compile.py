@@ -19,7 +19,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from linocut.kernels.gpu import accuracy, decode, gemm, group_norm, routes, rows, runtime
+from linocut.kernels.gpu import accuracy, columns, decode, gemm, group_norm, routes, rows, runtime
 from linocut.kernels.gpu.routes import Shape
 
 capability = int(sys.argv[1])
@@ -82,6 +82,12 @@ for channels in (128, 512):
              "TILES": group_norm._TILES, "SILU": True}
     for kernel in (group_norm._moments, group_norm._scaled):
         assert not spilled(build(kernel, given)), kernel
+floats = dict.fromkeys(("x", "before", "scale", "upper", "square", "codes", "errors", "moved"), "*fp32")
+strides = dict.fromkeys(("o", "stride_x", "stride_before", "stride_scale", "stride_upper", "stride_square"), "i32")
+for binary in (True, False):
+    given = {**floats, **strides, "ROWS": columns._ROWS, "GROUP": 128, "BINARY": binary}
+    for kernel in (columns._propagate, columns._descend):
+        assert not spilled(build(kernel, given, enable_fp_fusion=False)), kernel
 built = 0
 for name in accuracy.KIND if capability >= 80 else ():
     shape = Shape(64 if name in routes.DECODING else 1536, 3072, 3072, "ternary")

@@ -19,16 +19,18 @@ from torch import Tensor
 
 from linocut.errors import FormatError, UsageError
 from linocut.formats.packed import GROUP_SIZE, MAX_SCALE, MIN_SCALE
+from linocut.quantize.columns import Columns, TorchColumns
 from linocut.quantize.rounding import quantize_binary, quantize_ternary, round_scale
 
 
 def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
-         sweeps: int = 3) -> tuple[Tensor, Tensor]:
+         sweeps: int = 3, columns: Columns | None = None) -> tuple[Tensor, Tensor]:
     """Round weight [O, N] against hessian [N, N] (any positive multiple of sum x x^T), both float.
 
     Returns values int8 [O, N] and scales float32 [O, G], rounded to what FP16 holds. `damping` is a share of the mean
-    diagonal, added to it; few calibration tokens want more. Raises UsageError for an encoding other than binary or
-    ternary and FormatError for shapes that do not fit or values that are not finite.
+    diagonal, added to it; few calibration tokens want more. `columns` computes the inner loops (torch's, unless given).
+    Raises UsageError for an encoding other than binary or ternary and FormatError for shapes that do not fit or values
+    that are not finite.
     """
     if encoding not in ("binary", "ternary"):
         raise UsageError(f"GPTQ rounds to binary or ternary, not {encoding!r}")
@@ -41,10 +43,11 @@ def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
     w = weight.float()
     h = hessian.float() / hessian.diagonal().float().mean().clamp_min(1e-30)
     h = h + damping * torch.eye(inputs, device=h.device)
-    codes, scales = _propagate(w, h, encoding)
+    columns = columns or TorchColumns()
+    codes, scales = _propagate(w, h, encoding, columns)
     codes, scales = refit_scales(w, h, codes)
     for _ in range(sweeps):
-        codes = _descend(w, h, codes, scales, encoding)
+        codes = _descend(w, h, codes, scales, encoding, columns)
         codes, scales = refit_scales(w, h, codes)
     return codes.to(torch.int8), scales
 
@@ -88,46 +91,29 @@ def refit_scales(w: Tensor, h: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return flipped, round_scale(scales.abs().clamp(MIN_SCALE, MAX_SCALE))
 
 
-def _propagate(w: Tensor, h: Tensor, encoding: str) -> tuple[Tensor, Tensor]:
+def _propagate(w: Tensor, h: Tensor, encoding: str, columns: Columns) -> tuple[Tensor, Tensor]:
     """GPTQ's pass over the columns. Returns float codes [O, N] and scales [O, G]."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    w, codes, scales = w.clone(), torch.empty_like(w), []
+    w, codes, scales = w.clone(), [], []
     for begin in range(0, w.shape[1], GROUP_SIZE):
-        end = begin + GROUP_SIZE
-        block = w[:, begin:end].clone()
+        group = slice(begin, begin + GROUP_SIZE)
+        block = w[:, group]
         _, scale = quantize_binary(block) if encoding == "binary" else quantize_ternary(block)
-        errors = torch.empty_like(block)
-        for j in range(GROUP_SIZE):
-            code = _nearest(block[:, j:j + 1] / scale, encoding)
-            codes[:, begin + j:begin + j + 1] = code
-            error = (block[:, j:j + 1] - code * scale) / upper[begin + j, begin + j]
-            block[:, j + 1:] -= error * upper[begin + j, begin + j + 1:end]
-            errors[:, j:j + 1] = error
-        w[:, end:] -= errors @ upper[begin:end, end:]
+        code, errors = columns.propagate(block, scale, upper[group, group], encoding)
+        w[:, group.stop:] -= errors @ upper[group, group.stop:]
+        codes.append(code)
         scales.append(scale)
-    return codes, torch.cat(scales, dim=1)
+    return torch.cat(codes, dim=1), torch.cat(scales, dim=1)
 
 
-def _descend(w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, encoding: str) -> Tensor:
+def _descend(w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, encoding: str, columns: Columns) -> Tensor:
     """One sweep: each code to its best value, given all the others."""
     codes = codes.clone()
-    wide = scales.repeat_interleave(GROUP_SIZE, dim=1)
-    residual = (w - codes * wide) @ h
-    for begin in range(0, w.shape[1], GROUP_SIZE):
-        end = begin + GROUP_SIZE
-        local, square = residual[:, begin:end].clone(), h[begin:end, begin:end]
-        moved = torch.zeros_like(local)
-        for j in range(GROUP_SIZE):
-            column, scale = begin + j, wide[:, begin + j]
-            best = codes[:, column] + local[:, j] / (square[j, j] * scale)
-            fresh = _nearest(best, encoding)
-            moved[:, j] = (fresh - codes[:, column]) * scale
-            codes[:, column] = fresh
-            local -= moved[:, j:j + 1] * square[j]
-        residual -= moved @ h[begin:end]
+    residual = (w - codes * scales.repeat_interleave(GROUP_SIZE, dim=1)) @ h
+    for index, begin in enumerate(range(0, w.shape[1], GROUP_SIZE)):
+        group = slice(begin, begin + GROUP_SIZE)
+        codes[:, group], moved = columns.descend(residual[:, group], codes[:, group], scales[:, index:index + 1],
+                                                 h[group, group], encoding)
+        residual -= moved @ h[group]
     return codes
-
-
-def _nearest(x: Tensor, encoding: str) -> Tensor:
-    return torch.where(x >= 0, 1.0, -1.0) if encoding == "binary" else x.round().clamp(-1, 1)

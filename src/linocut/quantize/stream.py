@@ -258,16 +258,16 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
             scratch = 0 if solver is None else solver.scratch_nbytes(source, encodings)
             check_disk(work, sum(job.nbytes for job in jobs) + scratch, list(source.carried.values()))
             solved: Solved | None = None
-            fresh = 0
-            if solver is not None:  # it wants to know what the packed text encoder makes of prompts
-                made, known = _run(work, [job for job in jobs if job.component == "text_encoder"],
-                                   threads or threads_before, on_progress)
-                fresh = len(made) - known
-                if threads:
-                    torch.set_num_threads(threads)
-                solved = solver.solve(source, encodings, work, on_progress)
+            fresh, workers = 0, threads or threads_before
             torch.set_num_threads(1)  # row blocks run side by side; threads inside each would only get in the way
-            reports, resumed = _run(work, jobs, threads or threads_before, on_progress, solved)
+            if solver is not None:  # it wants to know what the packed text encoder makes of prompts
+                made, known = _run(work, [job for job in jobs if job.component == "text_encoder"], workers,
+                                   on_progress)
+                fresh = len(made) - known
+                torch.set_num_threads(workers)
+                solved = solver.solve(source, encodings, work, on_progress)
+                torch.set_num_threads(1)
+            reports, resumed = _run(work, jobs, workers, on_progress, solved)
             resumed -= fresh
             table_nbytes = 0 if make_table is None else _write_table(work, jobs[1], source.settings, make_table)
             _complete(work, jobs, source, make_table is not None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from linocut.formats.packed import GROUP_SIZE
+from linocut.kernels.columns import columns_for
 from linocut.models.flux2 import Flux2Transformer, rope_tables
 from linocut.quantize.gptq import gptq, output_error
 from linocut.quantize.policy import Policy
@@ -101,7 +102,8 @@ def _round_block(block: nn.Module, prefix: str, sets: Sequence[Sequence[str]], r
             continue
         hessians = _watch(layers, run, count)
         for name, layer in layers.items():
-            values, scales = gptq(layer.weight, hessians[name], chosen[name])
+            values, scales = gptq(layer.weight, hessians[name], chosen[name],
+                                  columns=columns_for(layer.weight.device))
             rounded = values.float() * scales.repeat_interleave(GROUP_SIZE, dim=1)
             if on_layer is not None:
                 on_layer(prefix + name, output_error(layer.weight, rounded, hessians[name]))

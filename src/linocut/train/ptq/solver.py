@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import GROUP_SIZE, PackedTensor, dequantize, pack
 from linocut.formats.writer import atomic_write_bytes, write_checkpoint
+from linocut.kernels.columns import columns_for
 from linocut.models.flux2 import Rope
 from linocut.models.modulations import Modulations
 from linocut.quantize.folds import fold_block
@@ -159,7 +160,8 @@ class BlockSolver:
                 if self.method.gptq:
                     hessian, cross = squares[names[0]]
                     target = corrected(weight, hessian, cross, self.settings.correction, self.settings.damping)
-                    values, scales = gptq(target, hessian, encoding, self.settings.damping, self.method.sweeps)
+                    values, scales = gptq(target, hessian, encoding, self.settings.damping, self.method.sweeps,
+                                          columns_for(self.device))
                 elif encoding == "binary":
                     values, scales = quantize_binary(weight)
                 else:
