@@ -164,6 +164,19 @@ def test_a_run_that_was_cut_goes_on_and_gives_the_same_bytes(model, tmp_path, mo
     assert len(solved) == 2 * 4 + 2
 
 
+def test_threads_are_either_outside_or_inside(model, tmp_path):
+    """Row blocks are rounded side by side by one thread each, products of whole layers by many threads."""
+    seen, before = {}, torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        make(model, tmp_path / "made", "gptq",
+             on_progress=lambda _done, _total, name: seen.setdefault(name.split(".")[0], torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert (seen["text_encoder"], seen["transformer_blocks"], seen["transformer"]) == (1, 2, 1)
+
+
 @pytest.mark.slow
 def test_kills_lose_nothing(model, tmp_path):
     """Killed again and again at any moment, the command comes to the same bytes in the end."""

@@ -14,6 +14,9 @@ Shape letters: O out-features, N in-features, G groups, g weights in a group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -50,6 +53,29 @@ def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
         codes = _descend(w, h, codes, scales, encoding, columns)
         codes, scales = refit_scales(w, h, codes)
     return codes.to(torch.int8), scales
+
+
+def outer_sum(y: Tensor, x: Tensor) -> Tensor:
+    """Sum of y x^T over tokens y [n, M] and x [n, N]: float32 [M, N].
+
+    On a CUDA GPU of what bfloat16 keeps of both, as layers there see them anyway: TF32 multiplies such values exactly,
+    several times faster than float32.
+    """
+    if not x.is_cuda:
+        return y.float().T @ x.float()
+    with tf32():
+        return y.bfloat16().float().T @ x.bfloat16().float()
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """float32 products inside the block may be computed in TF32, where the GPU has it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def corrected(weight: Tensor, hessian: Tensor, cross: Tensor, share: float, damping: float = 0.05) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from linocut.formats.packed import GROUP_SIZE
 from linocut.kernels.columns import columns_for
 from linocut.models.flux2 import Flux2Transformer, rope_tables
-from linocut.quantize.gptq import gptq, output_error
+from linocut.quantize.gptq import gptq, outer_sum, output_error
 from linocut.quantize.policy import Policy
 from linocut.quantize.rounding import TERNARY_THRESHOLD, fake_quantize
 from linocut.train.loop import autocast
@@ -145,8 +145,8 @@ def _watch(layers: Mapping[str, nn.Linear], run: Callable[[int], object], count:
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             with torch.autocast(inputs[0].device.type, enabled=False):  # sums of squares need their digits
-                rows = inputs[0].flatten(0, -2).float()
-                hessians[name] = hessians.get(name, 0) + rows.T @ rows
+                rows = inputs[0].flatten(0, -2)
+                hessians[name] = hessians.get(name, 0) + outer_sum(rows, rows)
             seen.add(name)
             if len(seen) == len(layers):
                 raise _Stop

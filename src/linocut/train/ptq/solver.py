@@ -26,7 +26,7 @@ from linocut.kernels.columns import columns_for
 from linocut.models.flux2 import Rope
 from linocut.models.modulations import Modulations
 from linocut.quantize.folds import fold_block
-from linocut.quantize.gptq import corrected, gptq
+from linocut.quantize.gptq import corrected, gptq, outer_sum
 from linocut.quantize.rounding import quantize_binary, quantize_ternary
 from linocut.quantize.source import Source
 from linocut.quantize.stream import SCRATCH, OnProgress, TensorReport
@@ -224,7 +224,7 @@ class _Journey:
                 self.run(rounded, index, self.rounded[index])
             for name in names:
                 x, y = seen[name], wanted[name]
-                hessian, cross = x.T @ x, y.T @ x
+                hessian, cross = outer_sum(x, x), outer_sum(y, x)
                 if name in sums:
                     sums[name][0].add_(hessian)
                     sums[name][1].add_(cross)
