@@ -15,11 +15,14 @@ from linocut.kernels.dispatch import use_kernel
 from linocut.kernels.gpu import decode, routes, rows
 from linocut.kernels.gpu.accuracy import KIND
 from linocut.kernels.gpu.activations import KINDS, Activations
+from linocut.kernels.gpu.columns import TritonColumns
 from linocut.kernels.gpu.routes import Route, Scratch, Shape
 from linocut.kernels.selfcheck import random_weight
 from linocut.models.configs import Flux2Config
 from linocut.models.flux2_gpu import GpuTransformer
 from linocut.models.text_encoder_gpu import GpuEncoder
+from linocut.quantize.columns import TorchColumns
+from linocut.quantize.gptq import gptq
 from on_gpu.bench import Bench, level, on_device, relative, say, step_inputs, tiles_of
 from on_gpu.networks import DEVICE, decoder, packed_network, packed_text_encoder
 
@@ -41,6 +44,7 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
     cases += [("product", name, encoding, n, [size for size in sizes if size[1] == n])
               for n in sorted({size[1] for size in sizes}) for encoding in ("binary", "ternary") for name in KIND]
     cases += [("rows", kind) for kind in KINDS]
+    cases += [("columns", encoding, *((40, 256) if bench.toy else (3000, 3072))) for encoding in ("binary", "ternary")]
     if DEVICE == "cpu":
         found = [each for case in cases for each in _case(case)]
     else:
@@ -71,6 +75,8 @@ def _case(case: tuple[Any, ...]) -> list[dict[str, Any]]:
                 return [_decode(*rest)]
             if what == "product":
                 return _product(*rest)
+            if what == "columns":
+                return [_columns(*rest)]
             x, act = torch.randn(9, 640, device=DEVICE), Activations.empty(rest[0], 9, 640, DEVICE)
             rows.quantize(x, act)
             return [_check(f"rows {rest[0]}", relative(act.dequantize(), x), LIMITS[rest[0]] * SLACK)]
@@ -103,6 +109,15 @@ def _product(name: str, encoding: str, n: int, sizes: list[tuple[int, int, int]]
             found.append(_check(name, relative(out, wanted), LIMITS[KIND[name]] * SLACK, encoding=encoding, m=m, n=n,
                                 o=o, tile=str(tile)))
     return found
+
+
+def _columns(encoding: str, o: int, n: int) -> dict[str, Any]:
+    """GPTQ with its inner loops in Triton: how many codes and scales are not those of torch's loops."""
+    tokens = torch.randn(2 * n, n, device=DEVICE) * torch.arange(1, n + 1, device=DEVICE) ** -0.3
+    weight, hessian = 0.05 * torch.randn(o, n, device=DEVICE), tokens.T @ tokens
+    (codes, scales), (wanted, own) = (gptq(weight, hessian, encoding, sweeps=1, columns=columns)
+                                      for columns in (TritonColumns(), TorchColumns()))
+    return _check("columns", float((codes != wanted).sum() + (scales != own).sum()), 0, encoding=encoding, o=o, n=n)
 
 
 def _step(bench: Bench, name: str, encoding: str) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def reconstruct(block: nn.Module, weights: Mapping[str, Tensor], codes: Codes, e
         scale[0] = 0.0
     optimizer = torch.optim.AdamW(
         [{"params": [layer.weight], "lr": settings.rate * float(layer.weight.detach().abs().mean())}
-         for layer in layers.values()], betas=(0.9, 0.95), weight_decay=0.0)
+         for layer in layers.values()], betas=(0.9, 0.95), weight_decay=0.0,
+        fused=next(iter(layers.values())).weight.is_cuda)
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.enable_grad():
