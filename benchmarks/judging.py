@@ -27,22 +27,23 @@ class Judging:
 
 
 def judge(runs: Sequence[Judging], at_once: int) -> None:
-    """All of them, spread over the GPUs; one that was cut goes on.
+    """All of them, those on "cuda" spread over the GPUs; one that was cut goes on.
 
     Raises SystemExit with the end of what a process said that failed.
     """
     waiting, places = list(runs), gpus()
-    running: list[tuple[Path, subprocess.Popen[bytes], str]] = []
+    running: list[tuple[Path, subprocess.Popen[bytes], str | None]] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 run = waiting.pop(0)
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, "-m", "linocut", "eval", "geneval", "--out", str(run.folder), *run.arguments]
-                place = min(places, key=[taken for *_, taken in running].count)
+                place = min(places, key=[taken for *_, taken in running].count) if "cuda" in run.arguments else None
                 with log_of(run.folder).open("wb") as log:
+                    here = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
                     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                               env=os.environ | {"CUDA_VISIBLE_DEVICES": place} | run.environment)
+                                               env=os.environ | here | run.environment)
                 running.append((run.folder, process, place))
             for each in list(running):
                 folder, process, _ = each

@@ -33,6 +33,7 @@ from quantize import run
 
 from linocut.eval.rules import GENEVAL_TASKS
 from linocut.eval.statistics import compare, scores
+from linocut.train.loop import chosen_device
 
 SOURCE = "source"
 METHODS = ("absmean", "exact", "folds", "gptq", "descent", "reconstruct")
@@ -66,12 +67,18 @@ def psnr(pictures: np.ndarray, wanted: np.ndarray) -> float:
 
 def judge_all(options: argparse.Namespace, names: list[str]) -> None:
     """Pictures of MODEL and of what was made of it, judged; a run that was cut goes on."""
-    shared = ["--split", "test", "-n", str(options.judge), "--images", str(options.images), "--keep", "none"]
-    for name in ("device", "detector"):
-        shared += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
+    shared = ["--split", "test", "-n", str(options.judge), "--images", str(options.images), "--keep", "none",
+              "--device", options.device or chosen_device(None).type]
+    shared += ["--detector", options.detector] if options.detector else []
     models = {SOURCE: options.model} | {name: str(options.work / name) for name in names}
-    judge([Judging(options.work / "judged" / name, ["-m", f"{name}={model}", *shared])
+    judge([Judging(judged(options) / name, ["-m", f"{name}={model}", *shared])
            for name, model in models.items()], options.at_once)
+
+
+def judged(options: argparse.Namespace) -> Path:
+    """Where verdicts lie."""
+    found: Path = options.work / f"judged-{options.judge}x{options.images}"
+    return found
 
 
 def standings(options: argparse.Namespace, names: list[str]) -> list[str]:
@@ -79,7 +86,7 @@ def standings(options: argparse.Namespace, names: list[str]) -> list[str]:
     lines = [f"| model | {' | '.join(GENEVAL_TASKS)} | mean | keeps, % |", "|---|" + "---:|" * (len(GENEVAL_TASKS) + 2)]
     whole = None
     for name in (SOURCE, *names):
-        right, tasks = outcomes(options.work / "judged" / name, name, options.images)
+        right, tasks = outcomes(judged(options) / name, name, options.images)
         keeps = "" if whole is None else interval(compare(whole, right, tasks).ratio.to_dict())
         whole = right if whole is None else whole
         (score,) = scores(right.mean(1)[:, None], tasks)
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=64)
     parser.add_argument("--encoding", nargs="+", default=["ternary", "binary"], choices=["ternary", "binary"])
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--device", help="as for linocut quantize")
+    parser.add_argument("--device", help="as for linocut quantize: a GPU if there is one")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--judge", type=int, metavar="N", help="prompts to judge by; none: nothing is judged")
     parser.add_argument("--images", type=int, default=4, help="pictures of each of them")

@@ -22,7 +22,7 @@ from linocut.models.configs import Flux2Config
 from linocut.models.flux2_gpu import GpuTransformer
 from linocut.models.text_encoder_gpu import GpuEncoder
 from linocut.quantize.columns import TorchColumns
-from linocut.quantize.gptq import gptq
+from linocut.quantize.gptq import gptq, outer_sum
 from on_gpu.bench import Bench, level, on_device, relative, say, step_inputs, tiles_of
 from on_gpu.networks import DEVICE, decoder, packed_network, packed_text_encoder
 
@@ -45,6 +45,7 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
               for n in sorted({size[1] for size in sizes}) for encoding in ("binary", "ternary") for name in KIND]
     cases += [("rows", kind) for kind in KINDS]
     cases += [("columns", encoding, *((40, 256) if bench.toy else (3000, 3072))) for encoding in ("binary", "ternary")]
+    cases.append(("sums",))
     if DEVICE == "cpu":
         found = [each for case in cases for each in _case(case)]
     else:
@@ -77,6 +78,9 @@ def _case(case: tuple[Any, ...]) -> list[dict[str, Any]]:
                 return _product(*rest)
             if what == "columns":
                 return [_columns(*rest)]
+            if what == "sums":
+                y, x = (torch.randn(5000, size, device=DEVICE).bfloat16() for size in (300, 200))
+                return [_check("sums", relative(outer_sum(y, x), y.double().T @ x.double()), 1e-4)]
             x, act = torch.randn(9, 640, device=DEVICE), Activations.empty(rest[0], 9, 640, DEVICE)
             rows.quantize(x, act)
             return [_check(f"rows {rest[0]}", relative(act.dequantize(), x), LIMITS[rest[0]] * SLACK)]

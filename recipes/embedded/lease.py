@@ -131,7 +131,8 @@ class Conductor:
         plan = self.plan
         command = [sys.executable, f"benchmarks/{script}", *arguments]
         command += ["--at-once", str(6 * plan.devices)] if plan.device == "cuda" else ["--device", "cpu", "-n", "6"]
-        self.attempt("judging", plan.budget, [Task("judging", command)])
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(plan.devices)))}
+        self.attempt("judging", plan.budget, [Task("judging", command, gpus)])
 
     def files(self, *patterns: str) -> list[str]:
         """Paths in the run folder of all files that patterns find."""

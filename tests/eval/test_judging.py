@@ -34,8 +34,10 @@ def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch, judging):
     folders = [tmp_path / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir()
-    judging.judge([judging.Judging(folder, []) for folder in folders], at_once=4)
-    assert [(folder / "gpu").read_text() for folder in folders] == ["3", "5", "3", "5"]
+    devices = ["cuda", "cuda", "cuda:1", "cuda"]
+    judging.judge([judging.Judging(folder, ["--device", device])
+                   for folder, device in zip(folders, devices, strict=True)], at_once=4)
+    assert [(folder / "gpu").read_text() for folder in folders] == ["3", "5", "3,5", "3"]
 
 
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch, judging, capsys):

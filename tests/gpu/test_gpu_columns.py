@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from linocut.kernels.columns import columns_for
+from linocut.kernels import columns
+from linocut.kernels.columns import columns_for, why_not_triton
 from linocut.kernels.gpu.columns import TritonColumns
 from linocut.quantize.columns import TorchColumns
 from linocut.quantize.gptq import gptq
@@ -54,5 +55,21 @@ def test_gptq_is_the_same_on_both(group):
         assert torch.equal(found[1], wanted[1])
 
 
-def test_triton_computes_where_it_runs(device):
+def test_triton_computes_where_it_runs_and_may(device, monkeypatch):
     assert isinstance(columns_for(torch.device(device)), TritonColumns)
+    monkeypatch.setenv("LINOCUT_KERNEL", "reference")
+    assert isinstance(columns_for(torch.device(device)), TorchColumns)
+    assert why_not_triton(device) == "the kernel reference is asked for"
+
+
+def test_torch_computes_where_triton_cannot_compile(device, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no C compiler found")
+
+    monkeypatch.setattr(TritonColumns, "propagate", broken)
+    columns._why_broken.cache_clear()
+    try:
+        assert isinstance(columns_for(torch.device(device)), TorchColumns)
+        assert "no C compiler found" in why_not_triton(device)
+    finally:
+        columns._why_broken.cache_clear()

@@ -98,10 +98,12 @@ def gpu() -> Facts:
     import torch
 
     from linocut.errors import UsageError
+    from linocut.kernels.columns import why_not_triton
     from linocut.kernels.gpu import accuracy, runtime
 
     facts: Facts = {"triton": runtime.triton_version(), "why_not": runtime.why_not("cuda"), "capability": None,
                     "why_no_products": None, "accuracy": None, "measured": None,
+                    "why_no_columns": None,
                     "weights": "packed as in the file; ternary weights are not re-coded to two bits"}
     with contextlib.suppress(UsageError):  # drawing says it
         facts["accuracy"] = accuracy.level()
@@ -110,7 +112,7 @@ def gpu() -> Facts:
 
         table = tuning.Table.of("cuda")
         facts |= {"capability": ".".join(map(str, runtime.capability("cuda"))),
-                  "why_no_products": runtime.why_no_products("cuda"),
+                  "why_no_products": runtime.why_no_products("cuda"), "why_no_columns": why_not_triton("cuda"),
                   "measured": {"file": str(table.path), "shapes": len(table.entries),
                                "quickest": table.quickest(accuracy.LEVELS.get(facts["accuracy"], ()))}}
     return facts

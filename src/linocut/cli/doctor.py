@@ -115,6 +115,8 @@ def _show_choices(console: "Console", report: "Facts") -> None:
         products = f"products on tensor cores, accuracy {gpu['accuracy']}, weights {gpu['weights']}"
         _line(console, "Triton", f"{gpu['triton']}, compute capability {gpu['capability']}: "
               + (gpu["why_no_products"] or products))
+        _line(console, "GPTQ", "loops in Triton" if gpu["why_no_columns"] is None else
+              f"loops in torch, since {gpu['why_no_columns']}")
         _line(console, "measured", f"{gpu['measured']['shapes']} shapes in {gpu['measured']['file']}; quickest:")
         for shape, best in gpu["measured"]["quickest"].items():
             _line(console, f"  {shape}", f"{best['route']}, {1e3 * best['seconds']:.3f} ms")

@@ -15,21 +15,21 @@ from torch import Tensor
 
 
 class Columns(Protocol):
-    """Whoever computes these loops."""
+    """Whoever computes these loops: on float32 tensors, g = 128."""
 
     def propagate(self, block: Tensor, scale: Tensor, upper: Tensor, encoding: str) -> tuple[Tensor, Tensor]:
         """Round the columns of `block` [O, g] in order, each one's error passed on to those that follow.
 
-        `scale` [O, 1] is the group's, `upper` [g, g] its square of the upper Cholesky factor of the inverse hessian.
-        Returns codes and errors to pass on to other groups, [O, g] each, float32.
+        `scale` [O, 1] is the group's, `upper` [g, g] its diagonal block of the upper Cholesky factor of the inverse
+        hessian. Returns codes and errors to pass on to other groups, [O, g] each, float32.
         """
 
     def descend(self, residual: Tensor, codes: Tensor, scale: Tensor, square: Tensor,
                 encoding: str) -> tuple[Tensor, Tensor]:
         """Set each code of a group to its best value, given all the others.
 
-        `residual` [O, g] is what is left of the weights, times the hessian; `square` [g, g] the group's part of the
-        hessian. Returns codes and by how much decoded weights moved, [O, g] each, float32.
+        `residual` [O, g] is what is left of the weights, times the hessian; `square` [g, g] the group's diagonal block
+        of the hessian. Returns codes and by how much decoded weights moved, [O, g] each, float32.
         """
 
 

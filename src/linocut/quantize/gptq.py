@@ -14,9 +14,6 @@ Shape letters: O out-features, N in-features, G groups, g weights in a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -58,24 +55,19 @@ def gptq(weight: Tensor, hessian: Tensor, encoding: str, damping: float = 0.05,
 def outer_sum(y: Tensor, x: Tensor) -> Tensor:
     """Sum of y x^T over tokens y [n, M] and x [n, N]: float32 [M, N].
 
-    On a CUDA GPU of what bfloat16 keeps of both, as layers there see them anyway: TF32 multiplies such values exactly,
-    several times faster than float32.
+    On a CUDA GPU of what bfloat16 keeps of both, as layers there see them anyway: several times faster than float32.
     """
-    if not x.is_cuda:
-        return y.float().T @ x.float()
-    with tf32():
-        return y.bfloat16().float().T @ x.bfloat16().float()
+    if _multiplies_bfloat16(x.device):
+        return torch.mm(y.bfloat16().T, x.bfloat16(), out_dtype=torch.float32)
+    return y.float().T @ x.float()
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
-    """float32 products inside the block may be computed in TF32, where the GPU has it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether torch has products of bfloat16 with float32 sums there: from 2.8 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 8) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def corrected(weight: Tensor, hessian: Tensor, cross: Tensor, share: float, damping: float = 0.05) -> Tensor:

@@ -144,7 +144,7 @@ def _watch(layers: Mapping[str, nn.Linear], run: Callable[[int], object], count:
 
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            with torch.autocast(inputs[0].device.type, enabled=False):  # sums of squares need their digits
+            with torch.autocast(inputs[0].device.type, enabled=False):  # sums need float32's digits
                 rows = inputs[0].flatten(0, -2)
                 hessians[name] = hessians.get(name, 0) + outer_sum(rows, rows)
             seen.add(name)
