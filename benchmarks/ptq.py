@@ -97,7 +97,7 @@ def standings(options: argparse.Namespace, names: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", help="dense model folder")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, help="prompts to draw; none: no pictures are drawn")
     parser.add_argument("--pictures", type=int, default=16)

@@ -1,7 +1,7 @@
 """The inner loops of GPTQ: one column of a group after another, all rows at once.
 
-`kernels/gpu/columns.py` has the same on NVIDIA GPUs, where a column here costs ten launches that take longer than their
-work; both give the same bits.
+`kernels/gpu/columns.py` has the same on NVIDIA GPUs, where a column here costs about ten launches; both give the same
+bits.
 
 Shape letters: O out-features, g weights in a group.
 """

@@ -80,8 +80,8 @@ class Ranks:
 def leave_group() -> None:
     """End this process if it is one of a group, once all is done and written.
 
-    Without taking anything down: a group's threads abort a process now and then while it ends (seen with gloo, before
-    and after the group was left), and torchrun calls that a failure of the run.
+    Without taking anything down: a group's threads may abort a process while it ends (seen with gloo), and torchrun
+    calls that a failure of the run.
     """
     if dist.is_initialized():
         sys.stdout.flush()
