@@ -17,6 +17,7 @@ from linocut.train.recipe import Recipe
 from linocut.train.stages import run_stage
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
 from linocut.train.warm import start_from
+from linocut.train.weights import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,25 @@ def test_a_text_encoder_that_is_kept_ships_as_it_was(published, tmp_path):
     with Checkpoint.open(root / "model" / "transformer") as before, Checkpoint.open(tmp_path / "teacher") as after:
         assert not torch.equal(torch.from_numpy(after.array("transformer.x_embedder.weight")).half(),
                                torch.from_numpy(before.array("x_embedder.weight")))
+
+
+def test_a_student_goes_on_from_another_runs(published, tmp_path):
+    root, recipe = published
+    latent = Painter(recipe)
+    latent.save(tmp_path / "before")
+    text = (root / "recipe.toml").read_text().replace("[binary]", f'[binary]\nstart = "{tmp_path / "before"}"')
+    (root / "onward.toml").write_text(text.replace("[ternary]", '[ternary]\nstart = "run/ternary"'))
+    onward = Recipe.from_file(root / "onward.toml")
+    assert Path(onward.ternary.start) == root / "run" / "ternary"
+    onward = replace(onward, binary=replace(onward.binary, steps=0))
+    for name in ("vae", "teacher", "tokenizer"):
+        (tmp_path / name).symlink_to(root / "run" / name)
+    run_stage("binary", onward, tmp_path, root / "sprites", "cpu")
+    found, teacher = read_weights(tmp_path / "binary"), read_weights(root / "run" / "teacher")
+    name = "transformer.transformer_blocks.0.attn.to_q.weight"
+    assert torch.equal(found[name], latent.state_dict()[name])
+    name = "text_encoder.layers.0.mlp.down_proj.weight"  # which is the teacher's, rounded as it ships
+    assert (found[name] - teacher[name]).norm() < 0.3 * teacher[name].norm()
 
 
 def test_a_text_encoder_to_keep_must_be_named(published):

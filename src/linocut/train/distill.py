@@ -33,6 +33,7 @@ from linocut.train.recipe import QatSettings, Recipe
 from linocut.train.snapshot import Snapshot
 from linocut.train.teacher import draw_held_out, held_out_latents
 from linocut.train.visibility import PICTURES, channel_weights
+from linocut.train.weights import load_transformer
 
 
 def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> None:
@@ -45,6 +46,8 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     quantize_(student.transformer, recipe.packing(encoding), fake=True, eps=settings.residual)
     set_rounding(student.transformer, settings.rounding)
     student.transformer.requires_grad_(True)
+    if settings.start:
+        load_transformer(student.transformer, Path(settings.start))
     average = Average(student.transformer, settings.ema)
     optimizers = make_optimizers(student.transformer, settings.lr, 0.0, settings.muon, settings.dense_lr or None)
     snapshot = Snapshot(run / encoding, student.transformer, average, optimizers, ranks)
@@ -53,7 +56,7 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     tokenizer = make_tokenizer(recipe, run / "tokenizer")
     if schedule.steps > schedule.step:
         captions = caption_bank(recipe, tokenizer, 50 + ranks.rank, settings.scenes, device)
-        if settings.calibrate and not schedule.step:
+        if settings.calibrate and not settings.start and not schedule.step:
             _calibrate(recipe, teacher, student, captions, encoding, settings.calibrate)
             ranks.share(student.transformer)
             average.restart()

@@ -112,8 +112,9 @@ class PathSettings:
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
-    prompts (0 for none) the student starts from GPTQ codes. `rounding` of ternary weights: "tied" (`quantize.rounding`)
-    or BitNet's "absmean", to compare with.
+    prompts (0 for none) the student starts from GPTQ codes; with `start`, a folder that this stage left in another run,
+    relative to the recipe's, from the latent weights in there instead. `rounding` of ternary weights: "tied"
+    (`quantize.rounding`) or BitNet's "absmean", to compare with.
 
     `loss` is the mean squared error of the "velocity", or that divided by what part of the velocity prompts decide at
     each step of the grid ("normalized": the variance over prompts of the clean picture that the teacher foresees).
@@ -127,6 +128,7 @@ class QatSettings(StageSettings):
 
     scenes: int = 100_000
     calibrate: int = 0
+    start: str = ""
     rounding: str = "tied"
     residual: float = 0.5
     anneal: float = 0.25
@@ -204,8 +206,10 @@ class Recipe:
             teacher=section(TeacherSettings, table, "teacher", path),
             path=section(PathSettings, table, "path", path),
             ternary=section(QatSettings, table, "ternary", path), binary=section(QatSettings, table, "binary", path))
-        if recipe.teacher.start:
-            recipe = replace(recipe, teacher=replace(recipe.teacher, start=str(path.parent / recipe.teacher.start)))
+        for name in ("teacher", "ternary", "binary"):
+            if start := getattr(recipe, name).start:
+                settings = replace(getattr(recipe, name), start=str(path.parent / start))
+                recipe = replace(recipe, **{name: settings})
         recipe.check(path)
         return recipe
 

@@ -44,6 +44,13 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(read_weights(folder))
 
 
+def load_transformer(module: nn.Module, folder: Path) -> None:
+    """Load the transformer alone out of what a painter saved."""
+    prefix = "transformer."
+    module.load_state_dict({name.removeprefix(prefix): value for name, value in read_weights(folder).items()
+                            if name.startswith(prefix)})
+
+
 def slim(folder: Path, target: Path, eight_bits: bool = False) -> None:
     """Copy the weights in `folder` to `target` with floating tensors in bfloat16, or matrices in int8: a half of the
     bytes, or a quarter. Latent weights of students need the first, as they lie close to where they round otherwise."""
