@@ -23,6 +23,7 @@ from linocut.models.flux2_gpu import GpuTransformer
 from linocut.models.text_encoder_gpu import GpuEncoder
 from linocut.quantize.columns import TorchColumns
 from linocut.quantize.gptq import gptq, outer_sum
+from linocut.quantize.rounding import quantize_tensor, relative_error
 from on_gpu.bench import Bench, level, on_device, relative, say, step_inputs, tiles_of
 from on_gpu.networks import DEVICE, decoder, packed_network, packed_text_encoder
 
@@ -45,7 +46,7 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
               for n in sorted({size[1] for size in sizes}) for encoding in ("binary", "ternary") for name in KIND]
     cases += [("rows", kind) for kind in KINDS]
     cases += [("columns", encoding, *((40, 256) if bench.toy else (3000, 3072))) for encoding in ("binary", "ternary")]
-    cases.append(("sums",))
+    cases += [("sums",), ("affine4",)]
     if DEVICE == "cpu":
         found = [each for case in cases for each in _case(case)]
     else:
@@ -81,6 +82,11 @@ def _case(case: tuple[Any, ...]) -> list[dict[str, Any]]:
             if what == "sums":
                 y, x = (torch.randn(5000, size, device=DEVICE).bfloat16() for size in (300, 200))
                 return [_check("sums", relative(outer_sum(y, x), y.double().T @ x.double()), 1e-4)]
+            if what == "affine4":
+                weight = torch.randn(300, 2560).bfloat16()
+                here, wanted = (relative_error(weight, quantize_tensor(weight.to(device), what))
+                                for device in (DEVICE, "cpu"))
+                return [_check("affine4 rounding", abs(here / wanted - 1), 1e-4)]
             x, act = torch.randn(9, 640, device=DEVICE), Activations.empty(rest[0], 9, 640, DEVICE)
             rows.quantize(x, act)
             return [_check(f"rows {rest[0]}", relative(act.dequantize(), x), LIMITS[rest[0]] * SLACK)]

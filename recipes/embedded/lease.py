@@ -144,7 +144,7 @@ class Conductor:
 
     def rehearse(self) -> None:
         """Every stage for a few steps, beside the first one that counts; an autoencoder that is there is taken."""
-        late = self.plan.vae + max(60.0, 0.1 * self.plan.budget)
+        late = self.plan.vae + max(60.0, 0.15 * self.plan.budget)
         if self.finished("vae"):
             shutil.copytree(self.folder / "vae", self.root / "rehearsal" / "vae", dirs_exist_ok=True)
             ended = []

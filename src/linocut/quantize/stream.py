@@ -45,6 +45,7 @@ SCRATCH = "solving"  # what a solver keeps in the hidden folder while it works
 
 _ROW_BLOCK = 1 << 21  # weights that one thread rounds at a time
 _RELEASE_EVERY = 1 << 25  # weights after which the source's pages may leave memory
+_CPU = torch.device("cpu")
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -142,6 +143,8 @@ class Solver(Protocol):
 
     identity: str
     """All that the result depends on, besides source and policy."""
+    device: torch.device
+    """Where it computes. The text encoder is rounded there, too."""
 
     def scratch_nbytes(self, source: Source, encodings: Mapping[str, str]) -> int:
         """Bytes that `solve` will write into its folder."""
@@ -262,7 +265,7 @@ def quantize_folder(src: str | Path, dst: str | Path, encoding: str, policy: Pol
             torch.set_num_threads(1)  # row blocks run side by side; threads inside each would only get in the way
             if solver is not None:  # it wants to know what the packed text encoder makes of prompts
                 made, known = _run(work, [job for job in jobs if job.component == "text_encoder"], workers,
-                                   on_progress)
+                                   on_progress, device=solver.device)
                 fresh = len(made) - known
                 torch.set_num_threads(workers)
                 solved = solver.solve(source, encodings, work, on_progress)
@@ -299,7 +302,7 @@ def _jobs(source: Source, policy: Policy, table: bool, groups_per_scale: int, me
 # ------------------------------------------------------------------------------------------------ the work itself
 
 def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | None, solved: Solved | None = None,
-         ) -> tuple[list[TensorReport], int]:
+         device: torch.device = _CPU) -> tuple[list[TensorReport], int]:
     total, done, resumed = sum(job.weights for job in jobs), 0, 0
     reports: list[TensorReport] = []
     pool = ThreadPoolExecutor(workers, thread_name_prefix="linocut-quantize")
@@ -324,8 +327,8 @@ def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | N
                     else:
                         made = None if solved is None or encoding == DENSE or job.component == "text_encoder" else (
                             _write_solved(job, name, stored, writer, solved))
-                        write = _write_dense if encoding == DENSE else _write_packed
-                        report = made or write(job, name, stored, writer, pool)
+                        report = made or (_write_dense(job, name, stored, writer) if encoding == DENSE else
+                                          _write_packed(job, name, stored, writer, pool, device))
                         with open(log, "a", encoding="utf-8") as file:
                             file.write(json.dumps(asdict(report)) + "\n")
                     reports.append(report)
@@ -338,7 +341,7 @@ def _run(work: Path, jobs: list[_Job], workers: int, on_progress: OnProgress | N
 
 
 def _write_packed(job: _Job, name: str, stored: str, writer: CheckpointWriter, pool: ThreadPoolExecutor,
-                  ) -> TensorReport:
+                  device: torch.device) -> TensorReport:
     info = job.reader.info(job.targets[name])
     encoding, reason = job.decisions[name]
     rows = max(1, _ROW_BLOCK // info.shape[1])
@@ -346,7 +349,7 @@ def _write_packed(job: _Job, name: str, stored: str, writer: CheckpointWriter, p
 
     def work(first: int) -> tuple[PackedTensor, float, float]:
         block = _tensor(array[first : first + rows], info.dtype)
-        packed = quantize_tensor(block, encoding, job.method, name, job.groups_per_scale)
+        packed = quantize_tensor(block.to(device), encoding, job.method, name, job.groups_per_scale)
         return packed, *squared_error(block, packed)
 
     blocks, error, energy, since = [], 0.0, 0.0, 0
@@ -374,7 +377,7 @@ def _write_solved(job: _Job, name: str, stored: str, writer: CheckpointWriter, s
     return replace(report, source_nbytes=info.nbytes, reason=job.decisions[name][1])
 
 
-def _write_dense(job: _Job, name: str, stored: str, writer: CheckpointWriter, _: ThreadPoolExecutor) -> TensorReport:
+def _write_dense(job: _Job, name: str, stored: str, writer: CheckpointWriter) -> TensorReport:
     info = job.reader.info(job.targets[name])
     flat = job.reader.array(job.targets[name]).reshape(-1)
 
