@@ -6,8 +6,8 @@
 Pictures of `--count` prompts of the test split: four of each at the recipe's size, one at the first of its other
 shapes; the teacher in the steps of its grid and in the models' own, students in the models' own. Results, one folder
 per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again. The table, Markdown,
-has scores in percent with their standard errors; `keeps` is the ratio to the teacher's score in the steps of its grid
-at that size, with its 95 % interval by bootstrap over prompts.
+has scores in percent with their standard errors; `keeps` are the ratios to the teacher's scores at that size in the
+steps of its grid and in the model's own, each with its 95 % interval by bootstrap over prompts.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def draw(given: argparse.Namespace, recipe: Recipe) -> None:
 
 def table(recipe: Recipe, out: Path) -> list[str]:
     """All scores in Markdown."""
-    lines = [f"| size | model | steps | {' | '.join(GENEVAL_TASKS)} | mean | keeps, % |",
-             "|---|---|---:" + "|---:" * (len(GENEVAL_TASKS) + 2) + "|"]
+    lines = [f"| size | model | steps | {' | '.join(GENEVAL_TASKS)} | mean | keeps, % | in equal steps |",
+             "|---|---|---:" + "|---:" * (len(GENEVAL_TASKS) + 3) + "|"]
     for (width, height), images in zip(sizes(recipe), IMAGES, strict=False):
         found = {}
         for folder in sorted(out.glob(f"*-{width}x{height}-*/")):
@@ -81,12 +81,13 @@ def table(recipe: Recipe, out: Path) -> list[str]:
             found[name, int(steps)], tasks = outcomes(folder, name, images)
         order = sorted(found, key=lambda each: ((TEACHER, *STUDENTS).index(each[0]), each[1]))
         for name, steps in order:
-            right, whole = found[name, steps], found[TEACHER, recipe.path.grid]
+            right = found[name, steps]
             (score,) = scores(right.mean(1)[:, None], tasks)
-            keeps = interval(compare(whole, right, tasks).ratio.to_dict()) if name != TEACHER else ""
+            keeps = ["" if name == TEACHER else interval(compare(found[TEACHER, count], right, tasks).ratio.to_dict())
+                     for count in (recipe.path.grid, steps)]
             each = (f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS)))
             lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} | {plain(score.to_dict())} | "
-                         f"{keeps} |")
+                         f"{' | '.join(keeps)} |")
     return lines
 
 
