@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= two red apples and a blue cup
 MODEL ?= embedded
-SEED ?= 8
+SEED ?= 7
 OUT ?= demo.png
 PYTEST_ARGS ?=
 

@@ -6,8 +6,8 @@
 Pictures of `--count` prompts of the test split: four of each at the recipe's size, one at the first of its other
 shapes; the teacher in the steps of its grid and in the models' own, students in the models' own. Results, one folder
 per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again. The table, Markdown,
-has scores in percent with their standard errors; `keeps` are the ratios to the teacher's scores at that size in the
-steps of its grid and in the model's own, each with its 95 % interval by bootstrap over prompts.
+has scores in percent with their standard errors; `keeps` is the ratio to the teacher's score at that size in the
+steps of its grid, `in equal steps` that in the model's own, with 95 % intervals by bootstrap over prompts.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from PIL import Image
 
 from linocut.eval.run import PROMPTS
 from linocut.train.prompts import sample_prompts
+from linocut.train.recipe import Recipe
 from linocut.train.study import REPORT
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,20 @@ def test_the_table_tells_what_was_judged(tmp_path, quality):
     assert lines[5].endswith("| 50.0 (50.0 to 50.0) |  |  | 21.50 | 0.930 |")
     quality.plot(found, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width == 650
+
+
+def test_students_are_compared_in_the_grids_steps_and_in_equal_ones(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    students, prompts = importlib.import_module("students"), sample_prompts("test", 60)
+    for name, steps, right in (("teacher", 4, 2), ("teacher", 8, 4), ("binary", 8, 3)):
+        results = tmp_path / f"{name}-256x256-{steps}"
+        write_results(tmp_path, results.name, prompts, lambda _, image, right=right: image < right)
+        (results / results.name).rename(results / name)
+    recipe = Recipe.from_file(ROOT / "recipes" / "embedded" / "recipe.toml")
+    lines = students.table(recipe, tmp_path)
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["4", "8", "8"]
+    assert lines[4].startswith("| 256x256 | binary | 8 | 75.00 |")
+    assert lines[4].endswith("| 150.0 (150.0 to 150.0) | 75.0 (75.0 to 75.0) |")
 
 
 @pytest.mark.slow

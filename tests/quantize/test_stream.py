@@ -17,6 +17,7 @@ from linocut.formats.folder import ModelFolder
 from linocut.formats.packed import dequantize
 from linocut.models.convert import build_and_load
 from linocut.models.flux2 import Flux2Config, Flux2Transformer
+from linocut.quantize import stream
 from linocut.quantize.policy import Policy, Rule
 from linocut.quantize.rounding import quantize_tensor
 from linocut.quantize.source import flux2_config
@@ -270,3 +271,31 @@ def test_kleins_config_is_read_off_its_shapes():
     ends = {name: shape for name, shape in shapes.items() if "blocks." not in name}
     assert flux2_config(ends | {"a.attn.norm_q.weight": (128,)}) == {}  # neither an MLP nor a fused projection
     assert flux2_config(ends | {"a.attn.norm_q.weight": (), "a.ff.linear_out.weight": (3,)}) == {}
+
+
+class Elsewhere:
+    """A solver that rounds nothing itself and computes where tensors have no values."""
+
+    identity, device, summary = "elsewhere", torch.device("meta"), {}
+
+    def scratch_nbytes(self, source, encodings):
+        return 0
+
+    def solve(self, source, encodings, work, on_progress):
+        return self
+
+    def weight(self, name):
+        return None
+
+
+def test_the_text_encoder_is_rounded_where_a_solver_computes(dense_model, tmp_path, monkeypatch):
+    seen = []
+
+    def rounded(w, encoding, *rest):
+        seen.append((encoding, w.device.type))
+        return quantize_tensor(torch.zeros(w.shape), encoding, *rest)
+
+    monkeypatch.setattr(stream, "quantize_tensor", rounded)
+    quantize_folder(dense_model, tmp_path / "out", "binary", solver=Elsewhere())
+    assert {where for encoding, where in seen if encoding == "affine4"} == {"meta"}
+    assert {where for encoding, where in seen if encoding == "binary"} == {"cpu"}

@@ -80,7 +80,8 @@ def test_arms_that_would_take_too_long_are_left(trained, tmp_path):
     (ARMS + "[arms.x]\nlr = 1\n", "unknown tables.*known are qat and path"),
     (ARMS + "[arms.x.qat]\nrate = 1\n", "unknown keys.*rate"),
     (ARMS + '[arms.x.qat]\nrounding = "exact"\n', "unknown rounding 'exact'; choose from tied, absmean"),
-    (ARMS + '[arms.x.qat]\nrounding = "absmean"\n', "calibrate and freeze place weights for the rounding tied"),
+    (ARMS + '[arms.x.qat]\nrounding = "absmean"\n', "calibrate, freeze and start place weights for the rounding tied"),
+    (ARMS + '[arms.x.qat]\nstart = "run/binary"\n', "all arms of a study have one beginning"),
     (ARMS + "[arms.x.path]\ngrid = 3\n", r"one number per step of the grid \(3\)"),
 ])
 def test_a_study_that_makes_no_sense_is_refused(trained, tmp_path, text, found):

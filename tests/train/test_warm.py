@@ -10,6 +10,7 @@ from tiny_recipe import write_recipe, write_sprites
 from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import dequantize
+from linocut.train import distill
 from linocut.train.dataset import make_tokenizer
 from linocut.train.export import export
 from linocut.train.painter import Painter
@@ -17,7 +18,7 @@ from linocut.train.recipe import Recipe
 from linocut.train.stages import run_stage
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
 from linocut.train.warm import start_from
-from linocut.train.weights import read_weights
+from linocut.train.weights import load_transformer, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +125,19 @@ def test_a_text_encoder_that_is_kept_ships_as_it_was(published, tmp_path):
                                torch.from_numpy(before.array("x_embedder.weight")))
 
 
-def test_a_student_goes_on_from_another_runs(published, tmp_path):
+def test_a_student_goes_on_from_another_runs(published, tmp_path, monkeypatch):
     root, recipe = published
-    latent = Painter(recipe)
+    monkeypatch.setattr(distill, "_calibrate", lambda *_: pytest.fail("it has a beginning already"))
+    latent = Painter.load(recipe, root / "run" / "teacher", torch.device("cpu"))
+    with torch.no_grad():
+        for value in latent.parameters():
+            value += 0.5 * value.std() * torch.randn_like(value) if value.numel() > 1 else 0
     latent.save(tmp_path / "before")
     text = (root / "recipe.toml").read_text().replace("[binary]", f'[binary]\nstart = "{tmp_path / "before"}"')
     (root / "onward.toml").write_text(text.replace("[ternary]", '[ternary]\nstart = "run/ternary"'))
     onward = Recipe.from_file(root / "onward.toml")
     assert Path(onward.ternary.start) == root / "run" / "ternary"
-    onward = replace(onward, binary=replace(onward.binary, steps=0))
+    onward = replace(onward, binary=replace(onward.binary, steps=1, lr=0.0, calibrate=8))
     for name in ("vae", "teacher", "tokenizer"):
         (tmp_path / name).symlink_to(root / "run" / name)
     run_stage("binary", onward, tmp_path, root / "sprites", "cpu")
@@ -141,6 +146,18 @@ def test_a_student_goes_on_from_another_runs(published, tmp_path):
     assert torch.equal(found[name], latent.state_dict()[name])
     name = "text_encoder.layers.0.mlp.down_proj.weight"  # which is the teacher's, rounded as it ships
     assert (found[name] - teacher[name]).norm() < 0.3 * teacher[name].norm()
+
+
+def test_what_a_student_cannot_go_on_from_is_refused(published, tmp_path):
+    root, recipe = published
+    text = (root / "recipe.toml").read_text()
+    (root / "nowhere.toml").write_text(text.replace("[binary]", '[binary]\nstart = "nowhere"'))
+    with pytest.raises(UsageError, match=r"binary.start is no folder: .*nowhere"):
+        Recipe.from_file(root / "nowhere.toml")
+    grown = replace(recipe, transformer=replace(recipe.transformer, num_layers=recipe.transformer.num_layers + 1))
+    Painter(grown).save(tmp_path)
+    with pytest.raises(FormatError, match=r"another network than the recipe's.*student of the same shape"):
+        load_transformer(Painter(recipe).transformer, tmp_path)
 
 
 def test_a_text_encoder_to_keep_must_be_named(published):

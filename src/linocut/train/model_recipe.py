@@ -89,6 +89,8 @@ class ModelRecipe:
                                  f"twice that with contrast; found {getattr(recipe, name).batch}")
             if getattr(recipe, name).pixels:
                 raise UsageError(f"{path}: {name}.pixels is for recipes with an autoencoder; take it out")
+            if getattr(recipe, name).start:
+                raise UsageError(f"{path}: {name}.start is for recipes that train their own teacher; take it out")
         if not recipe.sizes or any(len(size) != 2 for size in recipe.sizes):
             raise UsageError(f"{path}: sizes is a list of [width, height], found {table['sizes']}")
         if len(recipe.path.substeps) != recipe.path.grid:

@@ -148,9 +148,9 @@ class QatSettings(StageSettings):
             raise UsageError(f"unknown loss {self.loss!r}; choose from {', '.join(LOSSES)}")
         if self.rounding not in FAKE_METHODS:
             raise UsageError(f"unknown rounding {self.rounding!r}; choose from {', '.join(FAKE_METHODS)}")
-        if self.rounding != "tied" and (self.calibrate or self.freeze):
-            raise UsageError(f"calibrate and freeze place weights for the rounding tied, not for {self.rounding}; set "
-                             "them to 0")
+        if self.rounding != "tied" and (self.calibrate or self.freeze or self.start):
+            raise UsageError(f"calibrate, freeze and start place weights for the rounding tied, not for "
+                             f"{self.rounding}; set the first two to 0 and take the third out")
         if not 0 <= self.freeze < 1 or self.accumulate < 1 or self.contrast < 0:
             raise UsageError(f"a stage needs 0 <= freeze < 1, accumulate >= 1 and contrast >= 0; found {self.freeze}, "
                              f"{self.accumulate} and {self.contrast}")
@@ -208,8 +208,10 @@ class Recipe:
             ternary=section(QatSettings, table, "ternary", path), binary=section(QatSettings, table, "binary", path))
         for name in ("teacher", "ternary", "binary"):
             if start := getattr(recipe, name).start:
-                settings = replace(getattr(recipe, name), start=str(path.parent / start))
-                recipe = replace(recipe, **{name: settings})
+                folder = path.parent / start
+                if not folder.is_dir():
+                    raise UsageError(f"{path}: {name}.start is no folder: {folder}")
+                recipe = replace(recipe, **{name: replace(getattr(recipe, name), start=str(folder))})
         recipe.check(path)
         return recipe
 

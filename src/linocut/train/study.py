@@ -66,9 +66,12 @@ def _arm(base: Recipe, shared: dict[str, Any], changes: dict[str, Any], seconds:
     qat, route = shared | changes.get("qat", {}), changes.get("path", {})
     section(QatSettings, {"qat": qat}, "qat", path)
     section(PathSettings, {"path": route}, "path", path)
+    if "start" in qat:
+        raise UsageError(f"{path}: all arms of a study have one beginning; take start out")
     route = {key: tuple(value) if isinstance(value, list) else value for key, value in route.items()}
-    arm = replace(base, path=replace(base.path, **route), ternary=replace(base.ternary, max_seconds=seconds, **qat),
-                  binary=replace(base.binary, max_seconds=seconds, **qat))
+    qat = {"start": "", "max_seconds": seconds} | qat
+    arm = replace(base, path=replace(base.path, **route), ternary=replace(base.ternary, **qat),
+                  binary=replace(base.binary, **qat))
     arm.check(path)
     return arm
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linocut.errors import FormatError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import GROUP_SIZE, PackedTensor, dequantize, layout
 from linocut.formats.writer import write_checkpoint
@@ -45,10 +46,15 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def load_transformer(module: nn.Module, folder: Path) -> None:
-    """Load the transformer alone out of what a painter saved."""
+    """Load the transformer alone out of what a painter saved. Raises FormatError for one of another shape."""
     prefix = "transformer."
-    module.load_state_dict({name.removeprefix(prefix): value for name, value in read_weights(folder).items()
-                            if name.startswith(prefix)})
+    state = {name.removeprefix(prefix): value for name, value in read_weights(folder).items()
+             if name.startswith(prefix)}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise FormatError("weights of another network than the recipe's", path=folder, found=str(error).split("\n")[1],
+                          advice="start from a student of the same shape") from error
 
 
 def slim(folder: Path, target: Path, eight_bits: bool = False) -> None:

@@ -45,7 +45,7 @@ class BlockSolver:
     def __init__(self, method: Method, settings: CalibrationSettings, device: torch.device) -> None:
         check(method, settings.prompts)
         self.method, self.settings, self.device = method, settings, device
-        self.identity = json.dumps([asdict(method), settings.identity(), 1])
+        self.identity = json.dumps([asdict(method), settings.identity(), device.type, 1])
 
     def scratch_nbytes(self, source: Source, encodings: Mapping[str, str]) -> int:
         """Bytes of text features, of the teacher's path and of states on their way, and of the blocks done."""
