@@ -47,6 +47,7 @@ def test_embedded_recipe_keeps_to_the_size_it_promises():
     ("substeps = [1, 2]", "substeps = [1]", r"one number per step of the grid \(2\)"),
     ("grid = 2", "grid = ", "not a readable recipe"),
     ('name = "tiny"', 'name = "tiny"\npolicy = "small"', "unknown policy 'small'; choose from flux2, "),
+    ('name = "tiny"', 'name = "tiny"\nheld_out = "none.txt"', r"none.txt cannot be read .*bring it along"),
     ('name = "tiny"', "", "name"),
 ])
 def test_mistakes(tmp_path, old, new, message):

@@ -13,7 +13,7 @@ from typing import Any
 from linocut.errors import UsageError
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.models.synthetic import KNOWN, SyntheticModel
-from linocut.train.recipe import PathSettings, QatSettings, section
+from linocut.train.recipe import PathSettings, QatSettings, read_held_out, section
 
 TOY = SyntheticModel(
     transformer=Flux2Config(in_channels=64, num_layers=1, num_single_layers=2, num_attention_heads=1,
@@ -76,7 +76,7 @@ class ModelRecipe:
                              f"{', '.join(missing)}")
         held_out: tuple[str, ...] = ()
         if "held_out" in table:
-            lines = (path.parent / table["held_out"]).read_text("utf-8").splitlines()
+            lines = read_held_out(path, table["held_out"])
             held_out = tuple(line.rpartition("|")[2].strip() for line in lines if line.strip() and line[0] != "#")
         students = [section(ModelQatSettings, table, name, path) for name in ("ternary", "binary")]
         recipe = cls(table["name"], table["source"], path.parent, tuple(tuple(size) for size in table["sizes"]),

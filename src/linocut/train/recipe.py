@@ -193,7 +193,7 @@ class Recipe:
         if missing:
             raise UsageError(f"{path}: a recipe needs {', '.join(needed)}; missing are {', '.join(missing)}")
         prompts = table.pop("held_out", None)
-        lines = (path.parent / prompts).read_text("utf-8").splitlines() if prompts else []
+        lines = read_held_out(path, prompts) if prompts else []
         held_out = tuple(line.split("|", 1)[-1].strip() for line in lines
                          if line.strip() and not line.startswith("#"))
         recipe = cls(
@@ -210,7 +210,8 @@ class Recipe:
             if start := getattr(recipe, name).start:
                 folder = path.parent / start
                 if not folder.is_dir():
-                    raise UsageError(f"{path}: {name}.start is no folder: {folder}")
+                    raise UsageError(f"{path}: {name}.start is no folder: {folder}; name another, or take it out to begin "
+                                     "anew")
                 recipe = replace(recipe, **{name: replace(getattr(recipe, name), start=str(folder))})
         recipe.check(path)
         return recipe
@@ -271,6 +272,15 @@ class Recipe:
         """Rows and columns of tokens by turn: squares at every other one if there are further shapes."""
         others = [(height // self.token_side, width // self.token_side) for width, height in self.data.shapes]
         return [grid for other in others for grid in (self.tokens, other)] or [self.tokens]
+
+
+def read_held_out(path: Path, name: str) -> list[str]:
+    """Lines of the file of prompts that the recipe at `path` names. Raises UsageError for one that cannot be read."""
+    try:
+        return (path.parent / name).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: held_out is to be a text file of prompts, and {path.parent / name} cannot be read "
+                         f"({error}); bring it along with the recipe") from error
 
 
 def section(kind: type[T], table: Mapping[str, Any], name: str, path: Path) -> T:
