@@ -210,8 +210,8 @@ class Recipe:
             if start := getattr(recipe, name).start:
                 folder = path.parent / start
                 if not folder.is_dir():
-                    raise UsageError(f"{path}: {name}.start is no folder: {folder}; name another, or take it out to begin "
-                                     "anew")
+                    raise UsageError(f"{path}: {name}.start is no folder: {folder}; name another, or take it out to "
+                                     "begin anew")
                 recipe = replace(recipe, **{name: replace(getattr(recipe, name), start=str(folder))})
         recipe.check(path)
         return recipe
