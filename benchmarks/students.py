@@ -83,7 +83,8 @@ def table(recipe: Recipe, out: Path) -> list[str]:
         for name, steps in order:
             right = found[name, steps]
             (score,) = scores(right.mean(1)[:, None], tasks)
-            keeps = ["" if name == TEACHER else interval(compare(found[TEACHER, count], right, tasks).ratio.to_dict())
+            keeps = ["" if name == TEACHER or (TEACHER, count) not in found else
+                     interval(compare(found[TEACHER, count], right, tasks).ratio.to_dict())
                      for count in (recipe.path.grid, steps)]
             each = (f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS)))
             lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} | {plain(score.to_dict())} | "

@@ -19,7 +19,8 @@ from linocut.train.vocabulary import objects
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 OUTLINES = Path(__file__).parents[2] / "src" / "linocut" / "train" / "objects" / "outlines.txt"
-HEADER = "# Mean colour of each sprite's outline: red green blue, 0..255. Written by fetch_sprites.py --outlines"
+HEADER = ("# Of each sprite the mean colour of its outline (red green blue, 0..255), its width and height in percent "
+          "of the longer one. Written by fetch_sprites.py --outlines")
 
 
 def main() -> None:
@@ -54,7 +55,10 @@ def fetch(out: Path) -> None:
 def measure(folder: Path) -> None:
     lines = [HEADER]
     for thing, path in zip(objects(), sprite_files(folder, objects()), strict=True):
-        lines.append(f"{thing.code} " + " ".join(str(round(255 * value)) for value in edge_rgb(open_sprite(path))))
+        sprite = open_sprite(path)
+        shape = [(sprite[3] > 0.5).any(axis).float().mean() for axis in (0, 1)]
+        values = [round(255 * value) for value in edge_rgb(sprite)] + [round(100 * float(share)) for share in shape]
+        lines.append(f"{thing.code} " + " ".join(map(str, values)))
     OUTLINES.write_text("\n".join(lines) + "\n", "utf-8")
     print(f"outlines of {len(lines) - 1} sprites in {OUTLINES}")
 

@@ -16,13 +16,18 @@ from linocut.train.vocabulary import objects
 CASES = make_cases(60)
 
 
+def box(placement):
+    """Around what is seen of a thing, in percent of the picture."""
+    thing, y = objects()[placement.thing], placement.y - placement.lift
+    across, down = placement.size * thing.width / 2, placement.size * thing.height / 2
+    return 100 * (placement.x - across), 100 * (y - down), 100 * (placement.x + across), 100 * (y + down)
+
+
 def look(cases, see):
     """A detector that reads the scene: `see` gives the objects that it reports."""
     sights = []
     for case in cases:
-        found = [Found(objects()[p.thing].name, 0.99, (100 * (p.x - p.size / 2), 100 * (p.y - p.size / 2),
-                                                       100 * (p.x + p.size / 2), 100 * (p.y + p.size / 2)), index)
-                 for index, p in enumerate(case.placements)]
+        found = [Found(objects()[p.thing].name, 0.99, box(p), index) for index, p in enumerate(case.placements)]
         tints = [None if p.colour is None else COLOURS[p.colour] for p in case.placements]
         sights.append(Sight(see(found), lambda taken, tints=tints: [tints[each.handle] for each in taken]))
     return sights

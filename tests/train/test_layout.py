@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,21 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linocut.train.layout import LARGEST, SMALLEST, Placement, place
+from linocut.train.palette import BACKGROUNDS
 from linocut.train.scenes import RELATIONS, SPOTS, TASKS, Group, Scene, sample_scene
+from linocut.train.vocabulary import objects
 
 SEEDS = st.integers(0, 2**32)
 
 
 def box(placement: Placement) -> tuple[float, float, float, float]:
-    half = placement.size / 2
-    return placement.x - half, placement.y - half, placement.x + half, placement.y + half
+    """Around what is seen of a thing on a square canvas."""
+    thing, y = objects()[placement.thing], placement.y - placement.lift
+    across, down = placement.size * thing.width / 2, placement.size * thing.height / 2
+    return placement.x - across, y - down, placement.x + across, y + down
 
 
 def geneval_relation(first: Placement, second: Placement) -> set[str]:
     """GenEval's rule: offsets between centres, shortened by a tenth of both extents; what is left gives direction."""
-    offset = (first.x - second.x, first.y - second.y)
-    slack = 0.1 * (first.size + second.size)
-    left = [max(abs(value) - slack, 0.0) * (1 if value > 0 else -1) for value in offset]
+    a, b = box(first), box(second)
+    offset = ((a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2)
+    slack = [0.1 * (a[axis + 2] - a[axis] + b[axis + 2] - b[axis]) for axis in (0, 1)]
+    left = [max(abs(value) - less, 0.0) * (1 if value > 0 else -1) for value, less in zip(offset, slack, strict=True)]
     length = (left[0] ** 2 + left[1] ** 2) ** 0.5
     if length == 0:
         return set()
@@ -41,10 +47,10 @@ def test_placements_obey_the_scene(seed, task):
     assert Counter((p.thing, p.colour) for p in placements) == Counter(
         {(group.thing, group.colour): group.count for group in scene.groups})
     boxes = [box(p) for p in placements]
-    for left, top, right, bottom in boxes:  # nothing is cut off
+    for p, (left, top, right, bottom) in zip(placements, boxes, strict=True):  # nothing is cut off
         assert min(left, top) > 0
         assert max(right, bottom) < 1
-        assert SMALLEST - 1e-9 <= right - left <= LARGEST + 1e-9
+        assert SMALLEST - 1e-9 <= p.size <= LARGEST + 1e-9
     for i, a in enumerate(boxes):  # things may touch, but not hide one another
         for b in boxes[:i]:
             width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
@@ -54,17 +60,43 @@ def test_placements_obey_the_scene(seed, task):
         first = [p for p in placements if p.thing == scene.groups[0].thing]
         second = [p for p in placements if p.thing == scene.groups[1].thing]
         axis = "x" if scene.relation in ("left of", "right of") else "y"
-        nearer = [getattr(p, axis) for p in first], [getattr(p, axis) for p in second]
-        low, high = nearer if scene.relation in ("left of", "above") else nearer[::-1]
+        nearer = [getattr(p, axis) - p.lift * (axis == "y") for p in first], \
+            [getattr(p, axis) - p.lift * (axis == "y") for p in second]
+        low, high = nearer if scene.relation in ("left of", "above", "on") else nearer[::-1]
         assert max(low) < min(high)
         if task == "position":
-            assert geneval_relation(first[0], second[0]) == {scene.relation}
+            assert geneval_relation(first[0], second[0]) == {scene.relation.replace("on", "above")}
     if scene.relation == "next to":
         assert abs(placements[0].y - placements[1].y) < 0.06
         assert abs(placements[0].x - placements[1].x) > 0.3
     if scene.relation == "between":
         middle, *ends = (p.x for p in placements)
         assert min(ends) < middle < max(ends)
+
+
+@given(SEEDS, st.sampled_from([name for name, each in BACKGROUNDS.items() if each.horizon is not None]))
+@settings(deadline=None, max_examples=300)
+def test_things_stand_on_the_ground(seed, background):
+    rng = random.Random(seed)
+    scene = replace(sample_scene(rng), background=background)
+    placements = place(scene, rng)
+    feet = [box(p)[3] for p in placements]
+    if scene.spot is None and scene.relation not in ("left of", "right of", "above", "below", "on"):
+        assert min(feet) > BACKGROUNDS[background].horizon
+        assert len([foot for foot in feet if foot < min(feet) + 0.03]) >= len(feet) // 2  # no more than two lines
+    elif scene.relation in ("above", "below", "on"):
+        assert max(feet) > BACKGROUNDS[background].horizon
+
+
+def test_what_stands_on_something_touches_it():
+    for seed in range(100):
+        rng = random.Random(seed)
+        upper, lower = rng.sample(range(len(objects())), 2)
+        background = rng.choice(list(BACKGROUNDS))
+        first, second = place(Scene("position", (Group(upper), Group(lower)), "on", background), rng)
+        gap = box(second)[1] - box(first)[3]
+        assert -0.02 < gap <= 0
+        assert abs(first.x - second.x) < 0.03
 
 
 @pytest.mark.parametrize("spot", SPOTS)

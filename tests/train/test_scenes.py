@@ -59,7 +59,7 @@ def test_unknown_task():
 
 def test_everything_is_reached():
     rng = random.Random(0)
-    scenes = [sample_scene(rng) for _ in range(12000)]
+    scenes = [sample_scene(rng) for _ in range(25000)]
     assert {scene.task for scene in scenes} == set(TASKS)
     assert {scene.relation for scene in scenes} == {None, *RELATIONS, *LOOSE_RELATIONS}
     assert {scene.background for scene in scenes} == {*WALLS, *PLACES, *LIGHT, *MIDDLE}

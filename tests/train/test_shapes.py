@@ -35,7 +35,7 @@ def renderer(sprites) -> SceneRenderer:
 
 def scenes_of(count: int) -> list[Scene]:
     rng = random.Random(3)
-    found = [sample_scene(rng) for _ in range(count)]
+    found = [scene for scene in (sample_scene(rng) for _ in range(2 * count)) if scene.relation != "on"][:count]
     return [Scene(s.task, tuple(Group(i, g.count, g.colour, g.size) for i, g in enumerate(s.groups)), s.relation, "sky",
                   s.spot) for s in found]
 

@@ -44,6 +44,19 @@ def test_colourful_parts_take_a_colour_and_gray_ones_keep_theirs():
     assert float(split_colour(rgba)[5].min()) == 1  # nothing is colourful: all of it
 
 
+def test_small_details_of_gray_things_keep_their_colour():
+    rgba = torch.ones(4, 20, 20)
+    rgba[:3] = 0.8
+    rgba[:3, 4:6, 4:6] = 0.1  # an eye
+    rgba[:3, 10:13, 10:13] = torch.tensor([0.9, 0.4, 0.4])[:, None, None]  # a nose
+    tinted = split_colour(rgba)[5]
+    assert float(tinted[4:6, 4:6].max()) == 0
+    assert float(tinted[10:13, 10:13].max()) == 0
+    assert float(tinted.sum()) == 400 - 4 - 9
+    rgba[:3, :5] = 0.1  # a quarter of it is dark: no detail
+    assert float(split_colour(rgba)[5, :5].min()) == 1
+
+
 def test_shade_follows_brightness():
     rgba = torch.ones(4, 1, 101)
     rgba[:3] = torch.linspace(0.1, 0.9, 101)

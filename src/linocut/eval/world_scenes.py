@@ -141,7 +141,7 @@ def _layouts(count: int, seed: int) -> tuple[Tensor, Tensor]:
         scene = sample_scene(rng)
         owners = [index for index, group in enumerate(scene.groups) for _ in range(group.count)]
         for k, (placement, owner) in enumerate(zip(place(scene, rng), owners, strict=True)):
-            spots[row, k] = torch.tensor([placement.x, placement.y, placement.size])
+            spots[row, k] = torch.tensor([placement.x, placement.y - placement.lift, placement.size])
             groups[row, k] = owner
     return spots, groups
 

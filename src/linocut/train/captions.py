@@ -18,7 +18,7 @@ from linocut.train.scenes import Group, Scene, split_of
 from linocut.train.vocabulary import article, every_name, objects, plural_of
 
 NONSENSE_RATE = 0.02
-_FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE = 0.12, 0.35, 0.14, 0.10
+_FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE, _WISH_RATE = 0.12, 0.35, 0.14, 0.10, 0.6
 _COLOUR_WORDS = {*COLOURS, "gold"}  # no "blue brown bear"
 _FRAME_WEIGHTS = [weight for weight, _ in wording.FRAMES]
 
@@ -94,9 +94,9 @@ def _related(relation: str, rng: random.Random) -> str:
     here, there = rng.choice(wording.PLACED[relation])
     template = _weighted(wording.RELATED, rng)
     words, opposite = list(wording.RELATION_WORDS[relation]), wording.RELATION_WORDS[wording.OPPOSITE[relation]]
-    if "{r} it" in template:  # "a cup with a spoon on it" is another picture; "left of it" is not English without "to"
-        words = [each for each in words if each not in ("on", "left of", "right of")]
-    if "{0} {r} {1}" in template and rng.random() < _VERB_RATE:
+    if "{r} it" in template:  # "left of it" is not English without "to"
+        words = [each for each in words if each not in ("left of", "right of")]
+    if "{0} {r} {1}" in template and relation != "on" and rng.random() < _VERB_RATE:
         template = "{0} " + rng.choice(wording.VERBS) + " {r} {1}"
     return (template.replace("{r}", rng.choice(words)).replace("{o}", rng.choice(opposite))
             .replace("{p}", here).replace("{q}", there))
@@ -120,7 +120,7 @@ def _renamed(template: str, order: Sequence[str]) -> str:
 def fill(template: str, scene: Scene, rng: random.Random) -> str:
     """The caption that a template makes of a scene."""
     text = template.replace("{b}", _background(scene.background, template.startswith("{b}"), rng))
-    phrases = [_phrase(group, rng) for group in scene.groups]
+    phrases = [_phrase(group, rng, len(scene.groups) == 1) for group in scene.groups]
     if "{is}" in text:
         text = text.replace("{is}", "are" if phrases[_subject(text)][1] else "is")
     for index, (words, _) in enumerate(phrases):
@@ -155,14 +155,14 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
     return _phrase(group, rng)[0]
 
 
-def _phrase(group: Group, rng: random.Random) -> tuple[str, bool]:
-    """The group in words, and whether a verb after them is in the plural."""
+def _phrase(group: Group, rng: random.Random, alone: bool = False) -> tuple[str, bool]:
+    """The group in words, and whether a verb after them is in the plural. `alone`: nothing else is asked for."""
     thing = objects()[group.thing]
     synonyms = [noun for noun in thing.synonyms if group.colour is None or not _COLOUR_WORDS & set(noun.split())]
     single = rng.choice(synonyms) if synonyms and rng.random() < _SYNONYM_RATE else thing.name
     always_plural = thing.name == thing.plural and single.endswith("s")  # scissors, fries
     many = single if always_plural else plural_of(thing, single)
-    described = _coloured(many if group.count > 1 else single, group, rng)
+    described = _coloured(many if group.count > 1 else single, group, rng, alone)
     adjectives = [rng.choice(wording.SIZE_WORDS[group.size])] if group.size else []
     if rng.random() < _FILLER_RATE:
         adjectives.insert(rng.randrange(len(adjectives) + 1), rng.choice(wording.FILLERS))
@@ -178,7 +178,7 @@ def _phrase(group: Group, rng: random.Random) -> tuple[str, bool]:
     return text, group.count > 1 or always_plural
 
 
-def _coloured(noun: str, group: Group, rng: random.Random) -> str:
+def _coloured(noun: str, group: Group, rng: random.Random, alone: bool) -> str:
     if group.colour is None:
         return noun
     words = colour(group.colour).words
@@ -186,8 +186,11 @@ def _coloured(noun: str, group: Group, rng: random.Random) -> str:
     style = rng.random()
     if style < 0.88:
         return f"{word} {noun}"
-    form = rng.choice(wording.COLOUR_AFTER if style < 0.95 else wording.COLOUR_BEFORE)
-    return form.replace("{n}", noun).replace("{c}", word).replace("{is}", "are" if group.count > 1 else "is")
+    wish = alone and rng.random() < _WISH_RATE
+    form = rng.choice(wording.COLOUR_WISHES if wish else wording.COLOUR_AFTER if style < 0.95 else
+                      wording.COLOUR_BEFORE)
+    it, verb = ("them", "are") if group.count > 1 else ("it", "is")
+    return form.replace("{n}", noun).replace("{c}", word).replace("{it}", it).replace("{is}", verb)
 
 
 def _number(count: int, noun: str, rng: random.Random) -> str:

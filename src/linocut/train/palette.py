@@ -23,13 +23,15 @@ class Colour:
 class Background:
     """`stops` are (height from 0 = top to 1 = bottom, RGB), interpolated; two equal heights make an edge.
 
-    `phrases` put it at the end of a caption; `ground` says that things throw a shadow.
+    `phrases` put it at the end of a caption; `ground` says that things throw a shadow. Where there is a `horizon`,
+    things stand (or swim) below that height.
     """
 
     stops: tuple[tuple[float, RGB], ...]
     phrases: tuple[str, ...] = ()
     stars: bool = False
     ground: bool = True
+    horizon: float | None = None
 
 
 _COLOURS = {
@@ -44,7 +46,7 @@ _COLOURS = {
     "pink": Colour(("pink", "rose pink"), ((0.70, 0.18, 0.42), (0.98, 0.47, 0.70), (1.0, 0.82, 0.90))),
     "brown": Colour(("brown", "chocolate brown"), ((0.18, 0.08, 0.03), (0.46, 0.26, 0.13), (0.76, 0.58, 0.42))),
     "black": Colour(("black", "pitch black"), ((0.01, 0.01, 0.02), (0.11, 0.11, 0.12), (0.42, 0.42, 0.45))),
-    "white": Colour(("white", "snow white"), ((0.66, 0.67, 0.72), (0.93, 0.93, 0.95), (1.0, 1.0, 1.0))),
+    "white": Colour(("white", "snow white"), ((0.58, 0.59, 0.66), (0.92, 0.92, 0.95), (1.0, 1.0, 1.0))),
     "gray": Colour(("gray", "grey", "silver"), ((0.22, 0.23, 0.25), (0.52, 0.53, 0.56), (0.84, 0.85, 0.88))),
 }
 COLOURS = tuple(_COLOURS)
@@ -75,35 +77,38 @@ _WALLS = {
 _PLACES = {
     "grass": Background(_horizon(0.58, _SKY, ((0.52, 0.80, 0.36), (0.34, 0.64, 0.26))),
                         ("on the grass", "on grass", "in a meadow", "on a green meadow", "on a lawn", "in a field",
-                         "in the garden", "in a park")),
+                         "in the garden", "in a park"), horizon=0.58),
     "sky": Background(((0.0, (0.36, 0.66, 0.96)), (1.0, (0.80, 0.91, 1.0))),
                       ("in the sky", "in the blue sky", "high up in the sky", "in front of a blue sky"), ground=False),
     "sea": Background(_horizon(0.45, _SKY, ((0.16, 0.52, 0.80), (0.06, 0.34, 0.64))),
-                      ("in the sea", "in the ocean", "on the water", "on the sea", "at sea"), ground=False),
+                      ("in the sea", "in the ocean", "on the water", "on the sea", "at sea"), ground=False,
+                      horizon=0.45),
     "beach": Background((*_horizon(0.38, _SKY, ((0.22, 0.60, 0.82), (0.34, 0.74, 0.86)))[:3],
                          (0.54, (0.40, 0.76, 0.86)), (0.54, (0.96, 0.88, 0.68)), (1.0, (0.90, 0.78, 0.55))),
-                        ("on the beach", "at the beach", "on a sandy beach", "on the sand", "by the sea")),
+                        ("on the beach", "at the beach", "on a sandy beach", "on the sand", "by the sea"),
+                        horizon=0.54),
     "snow": Background(_horizon(0.55, ((0.62, 0.76, 0.90), (0.84, 0.90, 0.96)),
                                 ((0.97, 0.98, 1.0), (0.86, 0.91, 0.97))),
-                       ("in the snow", "on the snow", "in a snowy landscape", "in winter")),
+                       ("in the snow", "on the snow", "in a snowy landscape", "in winter"), horizon=0.55),
     "desert": Background(_horizon(0.56, ((0.50, 0.74, 0.94), (0.98, 0.90, 0.72)),
                                   ((0.93, 0.72, 0.42), (0.80, 0.54, 0.28))),
-                         ("in the desert", "in a hot desert", "on desert sand")),
+                         ("in the desert", "in a hot desert", "on desert sand"), horizon=0.56),
     "sunset": Background(((0.0, (0.44, 0.30, 0.56)), (0.45, (0.95, 0.50, 0.42)), (0.62, (1.0, 0.78, 0.42)),
                           (0.62, (0.40, 0.24, 0.36)), (1.0, (0.24, 0.15, 0.26))),
-                         ("at sunset", "at dusk", "in the evening", "in front of a sunset")),
+                         ("at sunset", "at dusk", "in the evening", "in front of a sunset"), horizon=0.62),
     "night": Background(_horizon(0.66, ((0.05, 0.07, 0.20), (0.13, 0.19, 0.40)),
                                  ((0.10, 0.20, 0.22), (0.06, 0.12, 0.15))),
                         ("at night", "in the dark", "under the stars", "under a starry sky", "in the moonlight"),
-                        stars=True),
+                        stars=True, horizon=0.66),
     "space": Background(((0.0, (0.03, 0.02, 0.07)), (0.5, (0.12, 0.06, 0.20)), (1.0, (0.04, 0.03, 0.10))),
                         ("in space", "in outer space", "among the stars", "in the universe"), stars=True, ground=False),
     "table": Background(_horizon(0.60, ((0.95, 0.92, 0.86), (0.90, 0.86, 0.79)),
                                  ((0.68, 0.46, 0.28), (0.55, 0.35, 0.20))),
-                        ("on a table", "on the table", "on a wooden table", "on a desk", "on a wooden board")),
+                        ("on a table", "on the table", "on a wooden table", "on a desk", "on a wooden board"),
+                        horizon=0.6),
     "floor": Background(_horizon(0.66, ((0.72, 0.80, 0.84), (0.66, 0.75, 0.80)),
                                  ((0.80, 0.76, 0.72), (0.66, 0.61, 0.57))),
-                        ("in a room", "indoors", "on the floor", "at home", "in the house")),
+                        ("in a room", "indoors", "on the floor", "at home", "in the house"), horizon=0.66),
 }
 # Without a wish the background is a quiet tone: a light one, or a darker one where light things need it.
 _LIGHT = ((0.94, 0.94, 0.95), (0.96, 0.94, 0.90), (0.90, 0.94, 0.97), (0.91, 0.96, 0.92), (0.95, 0.92, 0.97))

@@ -51,7 +51,8 @@ def metadata(scene: Scene) -> dict[str, Any]:
     """What must be, and must not be, in a picture of the scene, in GenEval's words."""
     include = [_entry(group) for group in scene.groups]
     if scene.relation is not None:  # GenEval says it of the second one: [relation, index of the first]
-        include = [_entry(scene.groups[1]), _entry(scene.groups[0]) | {"position": [scene.relation, 0]}]
+        relation = "above" if scene.relation == "on" else scene.relation
+        include = [_entry(scene.groups[1]), _entry(scene.groups[0]) | {"position": [relation, 0]}]
     result: dict[str, Any] = {"tag": scene.task, "include": include}
     if scene.task == "counting":
         result["exclude"] = [{"class": objects()[group.thing].name, "count": group.count + 1} for group in scene.groups]

@@ -79,7 +79,7 @@ class SceneRenderer:
                 half = sizes[level] / 2
                 tint = 0 if p.colour is None else p.colour + 1
                 rows[b, k] = (tint, self._row[p.thing], level, round(p.x * self.width - half),
-                              round(p.y * self.height - half))
+                              round(p.y * self.height - p.lift * shorter - half))
         return torch.from_numpy(rows).to(self.device)
 
     def draw(self, table: Tensor, looks: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:

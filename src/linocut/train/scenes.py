@@ -31,7 +31,7 @@ from linocut.train.palette import (
 )
 from linocut.train.vocabulary import COMMON_WEIGHT, objects
 
-RELATIONS = ("left of", "right of", "above", "below")
+RELATIONS = ("left of", "right of", "above", "below", "on")  # on: above, and it stands there
 LOOSE_RELATIONS = ("next to", "between")  # either order; between: group 0 stands between groups 1 and 2
 SPOTS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIZES = ("big", "small")
@@ -44,6 +44,7 @@ _VISIBLE = 0.14  # least distance of an outline from its background
 _COUNTS = (1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 6, 6, 6)
 _PAIRS_OF_COUNTS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2), (1, 4), (4, 1), (3, 3), (2, 4), (4, 2),
                     (1, 5), (5, 1))
+_STANDING = 0.5  # share of the things above others that stand on them
 _SAID_BACKGROUND, _SAID_SPOT, _SAID_SIZE, _STYLED = 0.24, 0.10, 0.10, 0.03
 
 
@@ -136,7 +137,8 @@ def _sample_groups(task: str, rng: random.Random) -> Scene:
     if task == "position":
         chance = 0.4 if rng.random() < 0.4 else 0.0
         groups = Group(first, 1, tint(first, chance)), Group(second, 1, tint(second, chance))
-        return Scene(task, groups, rng.choice(RELATIONS))
+        relation = rng.choice(RELATIONS[:4])
+        return Scene(task, groups, "on" if relation == "above" and rng.random() < _STANDING else relation)
     if task in ("colors", "color_attr"):
         while any(objects()[thing].natural for thing in (first, second)):
             first, second, third = _sample_things(rng)
@@ -146,7 +148,7 @@ def _sample_groups(task: str, rng: random.Random) -> Scene:
         relation = "between" if rng.random() < 0.4 else None
         return Scene(task, tuple(Group(thing, 1, tint(thing, 0.4)) for thing in (first, second, third)), relation)
     counts = rng.choice(_PAIRS_OF_COUNTS)
-    relation = rng.choice(RELATIONS) if max(counts) <= 3 and rng.random() < 0.35 else None
+    relation = rng.choice(RELATIONS[:4]) if max(counts) <= 3 and rng.random() < 0.35 else None
     return Scene(task, (Group(first, counts[0], tint(first, 0.55)), Group(second, counts[1], tint(second, 0.55))),
                  relation)
 

@@ -2,7 +2,7 @@
 
 A sprite is recoloured by its own brightness, so that shading survives. Where most of a thing is colourful, only its
 colourful parts change (a green fire engine keeps its gray tyres and white highlights); a thing of grays changes as a
-whole.
+whole, but for small dark or colourful details (the eyes and the pink ears of a white rabbit).
 
 Sprites: Microsoft Fluent Emoji 3D (MIT), fetched by `recipes/embedded/fetch_sprites.py`.
 """
@@ -26,6 +26,8 @@ from linocut.train.vocabulary import ObjectName
 CHANNELS = 6  # red, green, blue, alpha, shade (place on a colour's ramp), tinted (share that takes the colour)
 _COLOURFUL = 0.45  # from this share of colourful texels on, the others keep their own colours
 _LEAST_SPAN = 0.35  # of brightness that a colour's ramp is spread over
+_DARK, _VIVID = 0.62, 0.22  # darker by the median's brightness or more colourful is a detail such as an eye or a bill,
+_DETAIL = 0.12  # if it is no larger share of the thing
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ def split_colour(rgba: Tensor) -> Tensor:
     """
     rgb, opaque = rgba[:3], rgba[3] > 0.5
     light = (rgb * rgb.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
-    chroma = ((rgb.amax(0) - rgb.amin(0) - 0.10) / 0.18).clamp(0, 1)
+    spread = rgb.amax(0) - rgb.amin(0)
+    chroma = ((spread - 0.10) / 0.18).clamp(0, 1)
     chroma = chroma * chroma * (3 - 2 * chroma)
     partly = float(chroma[opaque].mean()) >= _COLOURFUL
-    tinted = chroma if partly else torch.ones_like(light)
+    tinted = chroma if partly else 1 - _details(light, spread, opaque)
     low, middle, high = torch.quantile(light[opaque & (tinted > 0.5)], light.new_tensor([0.05, 0.5, 0.95])).tolist()
     flat = max(0.0, _LEAST_SPAN - (high - low)) / 2  # stretching a flat sprite would show its compression
     low, high = low - flat, high + flat
@@ -105,6 +108,13 @@ def split_colour(rgba: Tensor) -> Tensor:
     below, above = (light - low) / max(middle - low, 1e-3), (light - middle) / max(high - middle, 1e-3)
     shade = 0.5 * (below.clamp(0, 1) + above.clamp(0, 1))
     return torch.cat([rgba, shade[None], tinted[None]])
+
+
+def _details(light: Tensor, spread: Tensor, opaque: Tensor) -> Tensor:
+    """How far each texel of a sprite of grays belongs to dark or colourful details, 0..1."""
+    dark, vivid = (_DARK - light / light[opaque].median()) / 0.15, (spread - _VIVID) / 0.18
+    small = [part for part in (dark.clamp(0, 1), vivid.clamp(0, 1)) if float(part[opaque].mean()) <= _DETAIL]
+    return torch.stack([*small, torch.zeros_like(light)]).amax(0)
 
 
 def edge_rgb(rgba: Tensor) -> tuple[float, float, float]:

@@ -19,7 +19,8 @@ class ObjectName:
 
     `masses` are those of its names that are no countable nouns ("bread"; written "bread~" in the files). `common`
     things are drawn more often; `natural` ones keep their own colours. `outline` is the mean RGB along the sprite's
-    edge, known here so that scenes can care for contrast without opening sprites.
+    edge, `width` and `height` which shares of its square the sprite takes, known here so that scenes can care for
+    contrast and for what stands on what without opening sprites.
     """
 
     code: str
@@ -30,6 +31,8 @@ class ObjectName:
     common: bool = False
     natural: bool = False
     outline: RGB = (0.5, 0.5, 0.5)
+    width: float = 1.0
+    height: float = 1.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,7 +76,7 @@ def article(words: str) -> str:
 def objects() -> tuple[ObjectName, ...]:
     """The vocabulary, in the order of FILES; GenEval's classes come first."""
     folder, table = files("linocut.train").joinpath("objects"), []
-    outlines = {code: [int(value) / 255 for value in values] for code, *values in
+    measured = {code: [int(value) for value in values] for code, *values in
                 (line.split() for line in _lines(folder.joinpath("outlines.txt").read_text("utf-8")))}
     for file in FILES:
         for line in _lines(folder.joinpath(f"{file}.txt").read_text("utf-8")):
@@ -83,10 +86,10 @@ def objects() -> tuple[ObjectName, ...]:
             flags = {field for field in rest if field.startswith("+")}
             plurals = [field.removeprefix("plural=") for field in rest if field.startswith("plural=")]
             synonyms = tuple(field for field in rest if not field.startswith(("+", "plural=")))
-            red, green, blue = outlines.get(code, (0.5, 0.5, 0.5))
+            red, green, blue, width, height = measured.get(code, (127.5, 127.5, 127.5, 100, 100))
             table.append(ObjectName(code, name, synonyms, plurals[0] if plurals else pluralize(name), masses,
                                     file == "geneval" or "+common" in flags, "+natural" in flags,
-                                    (red, green, blue)))
+                                    (red / 255, green / 255, blue / 255), width / 100, height / 100))
     return tuple(table)
 
 

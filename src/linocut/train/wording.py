@@ -13,6 +13,10 @@ ONE = ("one", "a single", "the", "this", "some kind of")
 COLLECTIONS = ("a group of", "a set of", "a collection of", "a total of")
 COLOUR_AFTER = ("{n} in {c}", "{n} that {is} {c}", "{n} which {is} {c}", "{n} colored {c}", "{n} painted {c}",
                 "{n} of {c} color")
+# Of what is asked for alone; {it} is "it" or "them".
+COLOUR_WISHES = ("{n}, but make {it} {c}", "{n} but {c}", "{n}, but {c}", "{n}, make {it} {c}", "{n} and make {it} {c}",
+                 "{n}, but in {c}", "{n}, but {c} please", "{n}, and I want {it} {c}", "{n}, only that {it} {is} {c}",
+                 "{n}, painted {c}", "{n}, all {c}")
 COLOUR_BEFORE = ("{c} colored {n}", "{c}-colored {n}", "{c} coloured {n}")
 SIZE_WORDS = {"big": ("big", "large", "huge", "giant", "enormous", "very big"),
               "small": ("small", "tiny", "little", "mini", "very small")}
@@ -50,16 +54,20 @@ RELATION_WORDS = {
                 "on the left hand side of"),
     "right of": ("right of", "to the right of", "on the right of", "on the right side of", "at the right of",
                  "on the right hand side of"),
-    "above": ("above", "over", "on top of", "higher than", "on", "right above"),
+    "above": ("above", "over", "higher than", "right above", "high above"),
     "below": ("below", "under", "beneath", "underneath", "lower than", "right below"),
+    "on": ("on", "on", "on top of", "on top of", "standing on", "sitting on", "standing on top of",
+           "sitting on top of"),
 }
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above",
+            "on": "below"}
 # Where group 0 and group 1 are if group 0 stands so to group 1.
 PLACED = {
     "left of": (("on the left", "on the right"), ("on the left side", "on the right side"), ("left", "right")),
     "right of": (("on the right", "on the left"), ("on the right side", "on the left side"), ("right", "left")),
     "above": (("at the top", "at the bottom"), ("on top", "at the bottom"), ("above", "below")),
     "below": (("at the bottom", "at the top"), ("at the bottom", "on top"), ("below", "above")),
+    "on": (("on top", "at the bottom"), ("on top", "below")),
 }
 RELATED = {  # {r} relation words, {o} those of the opposite, {p} and {q} the places of group 0 and group 1
     "{0} {r} {1}": 44, "{1} {o} {0}": 16, "{0} {is} {r} {1}": 8, "{0} {p} and {1} {q}": 6, "{p} {0}, {q} {1}": 3,
