@@ -53,9 +53,9 @@ _ARRANGEMENTS: dict[int, tuple[tuple[Slots, float, float], ...]] = {
     6: ((((0.18, 0.3), (0.5, 0.3), (0.82, 0.3), (0.18, 0.7), (0.5, 0.7), (0.82, 0.7)), 0.27, 0.3),),
 }
 _ROW = {2: _ARRANGEMENTS[2][0], 3: _ARRANGEMENTS[3][0]}
-# On the ground: how many stand in the back row and in the front row, and where along a row.
+_ALONG = {1: (0.5,), 2: (0.28, 0.72), 3: (0.18, 0.5, 0.82)}  # places in a row of so many
+# On the ground: how many stand in the back row and in the front row, or in the only one.
 _RANKS = {2: ((2,),), 3: ((3,), (1, 2), (2, 1)), 4: ((2, 2),), 5: ((2, 3), (3, 2)), 6: ((3, 3),)}
-_ALONG = {1: (0.5,), 2: (0.28, 0.72), 3: (0.18, 0.5, 0.82)}
 
 
 def place(scene: Scene, rng: random.Random) -> list[Placement]:
@@ -166,6 +166,5 @@ def _related_slots(scene: Scene, rng: random.Random) -> tuple[list[tuple[float, 
     slots = []
     for index, count in enumerate(counts):
         across = near if (index == 0) == (scene.relation in ("left of", "above")) else 1 - near
-        along = {1: (0.5,), 2: (0.28, 0.72), 3: (0.18, 0.5, 0.82)}[count]
-        slots += [(across, a) if scene.relation in ("left of", "right of") else (a, across) for a in along]
+        slots += [(across, a) if scene.relation in ("left of", "right of") else (a, across) for a in _ALONG[count]]
     return slots, size

@@ -26,8 +26,9 @@ from linocut.train.vocabulary import ObjectName
 CHANNELS = 6  # red, green, blue, alpha, shade (place on a colour's ramp), tinted (share that takes the colour)
 _COLOURFUL = 0.45  # from this share of colourful texels on, the others keep their own colours
 _LEAST_SPAN = 0.35  # of brightness that a colour's ramp is spread over
-_DARK, _VIVID = 0.62, 0.22  # darker by the median's brightness or more colourful is a detail such as an eye or a bill,
-_DETAIL = 0.12  # if it is no larger share of the thing
+# On a thing of grays, what is darker than this share of its median brightness or more colourful than that is a detail,
+# such as an eye or a bill, if it takes no larger share of the thing.
+_DARK, _VIVID, _DETAIL = 0.62, 0.22, 0.12
 
 
 @dataclass(frozen=True)
