@@ -3,8 +3,8 @@
     python recipes/embedded/fetch_sprites.py [--out .cache/sprites] [--outlines]
 
 Source: npm package @lobehub/fluent-emoji-3d 1.1.0, Microsoft's Fluent Emoji 3D (MIT licence). `npm` must be installed.
-`--outlines` measures the outlines of the sprites that are there and writes src/linocut/train/objects/outlines.txt,
-which has to be done again when things are added.
+`--outlines` measures outlines and shapes of the sprites that are there and writes
+src/linocut/train/objects/outlines.txt, which has to be done again when things are added.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from linocut.train.vocabulary import objects
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 OUTLINES = Path(__file__).parents[2] / "src" / "linocut" / "train" / "objects" / "outlines.txt"
 HEADER = ("# Of each sprite the mean colour of its outline (red green blue, 0..255), its width and height in percent "
-          "of the longer one. Written by fetch_sprites.py --outlines")
+          "of its square. Written by fetch_sprites.py --outlines")
 
 
 def main() -> None:

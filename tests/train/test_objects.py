@@ -41,6 +41,8 @@ def test_vocabulary_is_unambiguous():
 def test_every_outline_is_measured():
     assert all(thing.outline != (0.5, 0.5, 0.5) for thing in objects())
     assert len({thing.outline for thing in objects()}) > 0.9 * len(objects())
+    assert all(min(thing.width, thing.height) > 0.1 and max(thing.width, thing.height) >= 0.9 for thing in objects())
+    assert sum(thing.width == thing.height == 1 for thing in objects()) < 0.2 * len(objects())
 
 
 @pytest.mark.parametrize(("noun", "plural"), [

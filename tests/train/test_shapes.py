@@ -35,6 +35,7 @@ def renderer(sprites) -> SceneRenderer:
 
 def scenes_of(count: int) -> list[Scene]:
     rng = random.Random(3)
+    # What stands on something touches it only with the sprites' true heights.
     found = [scene for scene in (sample_scene(rng) for _ in range(2 * count)) if scene.relation != "on"][:count]
     return [Scene(s.task, tuple(Group(i, g.count, g.colour, g.size) for i, g in enumerate(s.groups)), s.relation, "sky",
                   s.spot) for s in found]
@@ -72,6 +73,14 @@ def test_a_square_is_what_it_was(renderer):
     assert torch.equal(square.table(placements), table)
     assert torch.equal(square.draw(table, looks), renderer.draw(table, looks))
     assert torch.equal(square.covers(table, 16), renderer.covers(table, 16))
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_what_stands_on_a_line_stands_there_on_any_canvas(renderer, shape):
+    things = [Placement(0, None, x, 0.75, size, size / 2) for x, size in ((0.25, 0.2), (0.75, 0.4))]
+    for _, _, level, _, top in renderer.reshaped(*shape).table([things])[0, :2].tolist():
+        foot = top + renderer.atlas.sizes[level]
+        assert foot == pytest.approx(0.75 * shape[0], abs=4)  # sides are in steps of 8
 
 
 def test_tokens_know_what_covers_them(renderer):

@@ -139,6 +139,8 @@ def _layouts(count: int, seed: int) -> tuple[Tensor, Tensor]:
     spots, groups = torch.zeros(count, MAX_OBJECTS, 3), torch.full((count, MAX_OBJECTS), -1)
     for row in range(count):
         scene = sample_scene(rng)
+        while scene.relation == "on":  # things of another height would not touch
+            scene = sample_scene(rng)
         owners = [index for index, group in enumerate(scene.groups) for _ in range(group.count)]
         for k, (placement, owner) in enumerate(zip(place(scene, rng), owners, strict=True)):
             spots[row, k] = torch.tensor([placement.x, placement.y - placement.lift, placement.size])

@@ -59,7 +59,7 @@ _RANKS = {2: ((2,),), 3: ((3,), (1, 2), (2, 1)), 4: ((2, 2),), 5: ((2, 3), (3, 2
 
 
 def place(scene: Scene, rng: random.Random) -> list[Placement]:
-    """Placements of every thing of the scene, group by group."""
+    """Placements of every thing of the scene, group by group. Raises ValueError for too many things."""
     things = [group for group in scene.groups for _ in range(group.count)]
     if not 1 <= len(things) <= MAX_OBJECTS:
         raise ValueError(f"a scene holds 1 to {MAX_OBJECTS} things, found {len(things)}")
@@ -67,6 +67,8 @@ def place(scene: Scene, rng: random.Random) -> list[Placement]:
     if len(things) == 1:
         return [_lone(scene, horizon, rng)]
     if scene.relation == "on":
+        if len(things) != 2:
+            raise ValueError(f"only a lone thing stands on another, found {len(things)} things")
         return _stacked(scene.groups, horizon, rng)
     if horizon is not None and scene.relation not in ("above", "below") and (
             len(things) <= 3 or scene.relation is None):
@@ -90,7 +92,7 @@ def _sides(scene: Scene, things: Sequence[Group], size: float, rng: random.Rando
 
 
 def _ordered(scene: Scene, slots: Sequence[tuple[float, float]], rng: random.Random) -> Sequence[tuple[float, float]]:
-    """Slots, given from left to right, in the order of the things; those of a group stay together."""
+    """Slots in the order of the things; those of a group stay together. A single row's are given from left to right."""
     if scene.relation == "between":
         left, right = rng.sample((slots[0], slots[2]), 2)
         return slots[1], left, right
@@ -100,13 +102,15 @@ def _ordered(scene: Scene, slots: Sequence[tuple[float, float]], rng: random.Ran
 
 
 def _grounded(scene: Scene, things: Sequence[Group], horizon: float, rng: random.Random) -> list[Placement]:
-    """All below the horizon."""
+    """Placements in one row or two, all feet below the horizon (a height, as y)."""
     ranks = _RANKS[len(things)]
-    rank = ranks[0] if scene.relation is not None else rng.choice(ranks)
+    sizes = any(group.size for group in scene.groups)  # they need room
+    rank = ranks[0] if sizes or scene.relation is not None else rng.choice(ranks)
     back = horizon + rng.uniform(0.04, 0.07)
     if len(rank) == 1:
         feet = [max(back, 0.70) + rng.uniform(0.0, 0.08)]
-        size = rng.uniform(*_ROW[len(things)][1:])
+        least, most = _ROW[len(things)][1:]
+        size = most if sizes else rng.uniform(least, most)
     else:
         feet = [back, rng.uniform(0.93, 0.95)]
         size = min(rng.uniform(0.28, 0.32), feet[1] - feet[0])
@@ -130,11 +134,11 @@ def _stacked(groups: Sequence[Group], horizon: float | None, rng: random.Random)
 
 
 def _standing(group: Group, x: float, foot: float, side: float) -> Placement:
-    """A thing whose lowest point is at the height `foot`."""
+    """A thing whose lowest point is at the height `foot`, or lower if it would be cut off at the top."""
     side = max(side, SMALLEST)
-    edge = side / 2 + _MARGIN
-    return Placement(group.thing, group.colour, min(max(x, edge), 1 - edge), foot, side,
-                     side * objects()[group.thing].height / 2)
+    edge, height = side / 2 + _MARGIN, side * objects()[group.thing].height
+    return Placement(group.thing, group.colour, min(max(x, edge), 1 - edge), max(foot, height + _MARGIN), side,
+                     height / 2)
 
 
 def _lone(scene: Scene, horizon: float | None, rng: random.Random) -> Placement:

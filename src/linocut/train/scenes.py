@@ -31,7 +31,8 @@ from linocut.train.palette import (
 )
 from linocut.train.vocabulary import COMMON_WEIGHT, objects
 
-RELATIONS = ("left of", "right of", "above", "below", "on")  # on: above, and it stands there
+DIRECTIONS = ("left of", "right of", "above", "below")
+RELATIONS = (*DIRECTIONS, "on")  # on, of two lone things: above, and it stands there
 LOOSE_RELATIONS = ("next to", "between")  # either order; between: group 0 stands between groups 1 and 2
 SPOTS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SIZES = ("big", "small")
@@ -137,7 +138,7 @@ def _sample_groups(task: str, rng: random.Random) -> Scene:
     if task == "position":
         chance = 0.4 if rng.random() < 0.4 else 0.0
         groups = Group(first, 1, tint(first, chance)), Group(second, 1, tint(second, chance))
-        relation = rng.choice(RELATIONS[:4])
+        relation = rng.choice(DIRECTIONS)
         return Scene(task, groups, "on" if relation == "above" and rng.random() < _STANDING else relation)
     if task in ("colors", "color_attr"):
         while any(objects()[thing].natural for thing in (first, second)):
@@ -148,7 +149,7 @@ def _sample_groups(task: str, rng: random.Random) -> Scene:
         relation = "between" if rng.random() < 0.4 else None
         return Scene(task, tuple(Group(thing, 1, tint(thing, 0.4)) for thing in (first, second, third)), relation)
     counts = rng.choice(_PAIRS_OF_COUNTS)
-    relation = rng.choice(RELATIONS[:4]) if max(counts) <= 3 and rng.random() < 0.35 else None
+    relation = rng.choice(DIRECTIONS) if max(counts) <= 3 and rng.random() < 0.35 else None
     return Scene(task, (Group(first, counts[0], tint(first, 0.55)), Group(second, counts[1], tint(second, 0.55))),
                  relation)
 

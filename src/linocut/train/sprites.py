@@ -27,8 +27,8 @@ CHANNELS = 6  # red, green, blue, alpha, shade (place on a colour's ramp), tinte
 _COLOURFUL = 0.45  # from this share of colourful texels on, the others keep their own colours
 _LEAST_SPAN = 0.35  # of brightness that a colour's ramp is spread over
 # On a thing of grays, what is darker than this share of its median brightness or more colourful than that is a detail,
-# such as an eye or a bill, if it takes no larger share of the thing.
-_DARK, _VIVID, _DETAIL = 0.62, 0.22, 0.12
+# such as an eye or a bill, if it takes no larger share of the thing. Details begin softly, over the last two.
+_DARK, _VIVID, _DETAIL, _DARK_RAMP, _VIVID_RAMP = 0.62, 0.22, 0.12, 0.15, 0.18
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def split_colour(rgba: Tensor) -> Tensor:
 
 def _details(light: Tensor, spread: Tensor, opaque: Tensor) -> Tensor:
     """How far each texel of a sprite of grays belongs to dark or colourful details, 0..1."""
-    dark, vivid = (_DARK - light / light[opaque].median()) / 0.15, (spread - _VIVID) / 0.18
+    dark, vivid = (_DARK - light / light[opaque].median()) / _DARK_RAMP, (spread - _VIVID) / _VIVID_RAMP
     small = [part for part in (dark.clamp(0, 1), vivid.clamp(0, 1)) if float(part[opaque].mean()) <= _DETAIL]
     return torch.stack([*small, torch.zeros_like(light)]).amax(0)
 
