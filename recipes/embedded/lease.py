@@ -262,7 +262,7 @@ def start(options: argparse.Namespace) -> None:
     for folder in ("logs", "parts", "run"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(root / "code", ignore_errors=True)
-    unneeded = shutil.ignore_patterns("studio", "transformer-binary", "__pycache__", "*.so")
+    unneeded = shutil.ignore_patterns("studio", "__pycache__", "*.so")
     shutil.copytree("src/linocut", root / "code" / "src" / "linocut", ignore=unneeded)
     for folder in ("recipes", "benchmarks"):
         shutil.copytree(folder, root / "code" / folder, ignore=unneeded)

@@ -209,8 +209,12 @@ def test_against_results_of_before(whole, arm, tmp_path):
         make_report(whole, earlier)
 
 
-def test_pictures_in_batches_are_those_of_the_pipeline(tiny_model, monkeypatch):
-    """What a GPU does: the same noise, schedule and networks, several pictures at once."""
+@pytest.mark.parametrize("distilled", [True, False])
+def test_pictures_in_batches_are_those_of_the_pipeline(distilled, tmp_path, monkeypatch):
+    """What a GPU does: the same noise, schedule, guidance and networks, several pictures at once."""
+    from tiny_model import write_tiny_model
+
+    tiny_model = write_tiny_model(tmp_path / "model", distilled=distilled)
     monkeypatch.setenv("LINOCUT_KERNEL", "reference")  # neither fused blocks nor bfloat16
     shots = [Shot(metadata["prompt"], seed_of(metadata["prompt"], 1)) for metadata in PROMPTS[:5]]
     one_by_one, together = (Arm("tiny", str(tiny_model), width=64, height=32, steps=3, batched=batched)
@@ -219,6 +223,7 @@ def test_pictures_in_batches_are_those_of_the_pipeline(tiny_model, monkeypatch):
         difference = np.abs(np.asarray(alone).astype(int) - np.asarray(batched).astype(int))
         assert alone.size == batched.size == (64, 32)
         assert difference.mean() < 0.05
+    assert together.facts.get("guidance") == (None if distilled else 4.0)
     noise = Field(together).noise([shots[0].seed, shots[1].seed])
     assert not np.allclose(noise[0], noise[1])
     assert len(list(islice(together.draw([]), 1))) == 0

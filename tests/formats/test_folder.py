@@ -37,7 +37,7 @@ def test_a_local_folder(tmp_path):
     assert model.config("scheduler") == {"shift": 3.0}
     assert list(model.checkpoint("transformer").packed) == ["layer"]
     assert model.settings == {"text_length": 512, "text_taps": [9, 18, 27], "default_size": [1024, 1024],
-                              "default_steps": 4, "trained_sizes": [], "is_distilled": True}
+                              "default_steps": 4, "default_guidance": 4.0, "trained_sizes": [], "is_distilled": True}
     assert len(model.hash()) == 12
     assert model.hash() == ModelFolder.open(str(tmp_path / "mine")).hash()
     with pytest.raises(UsageError, match="unknown component"):
@@ -51,9 +51,10 @@ def test_a_local_folder(tmp_path):
 def test_settings(tmp_path):
     own = {"text_length": 64, "text_taps": [2, 4, 6], "default_size": [256, 256]}
     assert ModelFolder.open(make_model(tmp_path, {"linocut": own})).settings == own | {
-        "default_steps": 4, "trained_sizes": [], "is_distilled": False}
+        "default_steps": 4, "default_guidance": 4.0, "trained_sizes": [], "is_distilled": False}
     for key, value in [("text_length", 0), ("text_length", True), ("text_taps", [3, 2, 1]), ("text_taps", [1, 2]),
                        ("default_size", [100, 100]), ("default_size", "256"), ("default_steps", 0),
+                       ("default_guidance", -1), ("default_guidance", 101), ("default_guidance", True),
                        ("trained_sizes", [256, 256])]:
         with pytest.raises(FormatError, match=key):
             _ = ModelFolder.open(make_model(tmp_path, {"linocut": own | {key: value}})).settings

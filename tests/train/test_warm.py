@@ -1,5 +1,6 @@
 """A teacher that begins with the weights of a packed model."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,16 @@ from tiny_recipe import write_recipe, write_sprites
 from linocut.errors import FormatError, UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import dequantize
+from linocut.models.convert import quantize_
 from linocut.train import distill
 from linocut.train.dataset import make_tokenizer
-from linocut.train.export import export
+from linocut.train.export import FOLDERS, export
+from linocut.train.monitor import coded_layers, codes_of
 from linocut.train.painter import Painter
 from linocut.train.recipe import Recipe
 from linocut.train.stages import run_stage
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
-from linocut.train.warm import start_from
+from linocut.train.warm import start_from, start_student
 from linocut.train.weights import load_transformer, read_weights
 
 
@@ -146,6 +149,38 @@ def test_a_student_goes_on_from_another_runs(published, tmp_path, monkeypatch):
     assert torch.equal(found[name], latent.state_dict()[name])
     name = "text_encoder.layers.0.mlp.down_proj.weight"  # which is the teacher's, rounded as it ships
     assert (found[name] - teacher[name]).norm() < 0.3 * teacher[name].norm()
+
+
+@pytest.mark.parametrize("encoding", ["ternary", "binary"])
+def test_a_student_goes_on_from_the_codes_of_a_packed_model(published, encoding):
+    root, recipe = published
+    shutil.copytree(root / "run" / "ternary", root / "run" / "binary", dirs_exist_ok=True)
+    export(recipe, root / "run", root / "both")
+    torch.manual_seed(6)
+    student = Painter(recipe).transformer
+    teacher = {name: value.clone() for name, value in student.state_dict().items()}
+    quantize_(student, recipe.packing(encoding), fake=True)
+    start_student(student, root / "both", encoding)
+    moved = kept = 0
+    with Checkpoint.open(root / "both" / FOLDERS[encoding]) as checkpoint:
+        for name, layer in coded_layers(student).items():
+            values, scales = codes_of(layer)
+            assert torch.equal(values * scales.repeat_interleave(128, 1),
+                               torch.from_numpy(dequantize(checkpoint.packed_tensor(name))))
+            own = teacher[f"{name}.weight"]
+            moved += int((layer.weight.sign() != own.sign()).sum())
+            kept += int((layer.weight.sign() == own.sign()).sum())
+            if own.any():  # fresh modulations are 0
+                assert layer.weight.abs().unique().numel() > 3  # weights keep distances of their own
+        assert torch.equal(student.x_embedder.weight.half(), torch.from_numpy(checkpoint.array("x_embedder.weight")))
+    assert moved > 0.2 * kept > 0  # the codes are those of another student, and not the teacher's
+
+
+def test_a_packed_student_of_another_shape_is_refused(published):
+    root, _ = published
+    other = Recipe.from_file(Path("recipes/embedded/recipe.toml"))
+    with pytest.raises(FormatError, match=r"another shape than the recipe's network"):
+        start_student(Painter(other).transformer, root / "model", "ternary")
 
 
 def test_what_a_student_cannot_go_on_from_is_refused(published, tmp_path):

@@ -52,8 +52,6 @@ class Arm:
         self.pipe = Pipeline.from_pretrained(model, device=device, prompt_cache=False)
         self.request: Request = make_request("a picture", self.pipe.folder.settings, width=width, height=height,
                                              num_inference_steps=steps, seed=0)
-        if self.request.guided:
-            raise UsageError(f"{model}: models that need guidance are not compared yet; choose a distilled one")
         self.batched = self.pipe.device.type != "cpu" if batched is None else batched
 
     @property
@@ -63,7 +61,8 @@ class Arm:
         side = AutoencoderConfig.from_dict(folder.config("vae")).token_side
         tokens = (request.height // side) * (request.width // side) + int(folder.settings["text_length"])
         return {"model": folder.name, "hash": self.pipe.model_hash, "width": request.width, "height": request.height,
-                "steps": request.steps, "kernel": self.pipe.kernel(tokens)}
+                "steps": request.steps, "kernel": self.pipe.kernel(tokens),
+                **({"guidance": request.guidance} if request.guided else {})}
 
     def draw(self, shots: Sequence[Shot]) -> Iterator[Image]:
         """A picture per shot, in order."""
@@ -95,6 +94,8 @@ class Field:
         self.encoder, self.channels = encoder, transformer.config.in_channels
         self.transformer = pipe.components.runner(transformer)
         self.image_ids = image_position_ids(*self.grid).to(pipe.device)
+        self.guidance = request.guidance
+        self.empty = self.read([""]) if request.guided else None
 
     def _keep(self, name: str) -> Any:
         context = self.pipe.components.use(name)
@@ -115,7 +116,14 @@ class Field:
 
     @torch.no_grad()
     def velocity(self, x: Tensor, text: Tensor, step: int) -> Tensor:
-        """Velocity at states x [B, I, C] of step number `step`: float32 [B, I, C]."""
+        """Velocity at states x [B, I, C] of step number `step`, guided if the arm is: float32 [B, I, C]."""
+        v = self._velocity(x, text, step)
+        if self.empty is None:
+            return v
+        opposite = self._velocity(x, self.empty.expand_as(text), step)
+        return opposite + self.guidance * (v - opposite)
+
+    def _velocity(self, x: Tensor, text: Tensor, step: int) -> Tensor:
         text_ids = text_position_ids(text.shape[1]).to(x.device)
         dtype = self.pipe.dtype
         if isinstance(self.transformer, flux2_cpu.FusedTransformer):  # takes one picture's modulations at a time

@@ -29,7 +29,7 @@ SETTINGS_KEY = "linocut"  # of model_index.json
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _MAX_CONFIG = 10_000_000
 _DEFAULTS: dict[str, Any] = {"text_length": 512, "text_taps": [9, 18, 27], "default_size": [1024, 1024],
-                             "default_steps": 4, "trained_sizes": []}
+                             "default_steps": 4, "default_guidance": 4.0, "trained_sizes": []}
 
 
 def _embedded_root() -> Path:
@@ -140,8 +140,8 @@ class ModelFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps, trained_sizes
-        ([w, h] each; none: it draws any), is_distilled.
+        """How the model is used: text_length, text_taps (3 layers), default_size [w, h], default_steps,
+        default_guidance (of one that is not distilled), trained_sizes ([w, h] each; none: it draws any), is_distilled.
 
         From the key "linocut" of model_index.json (or what diffusers keeps of it, see docs/format.md, 1.2), with
         FLUX.2-klein's values where it is silent; is_distilled is the index's own key (false if absent, as in
@@ -214,6 +214,8 @@ def read_settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
         "trained_sizes": ("a list of [width, height], multiples of 32",
                           lambda v: isinstance(v, list) and all(map(_is_size, v))),
         "default_steps": ("an integer from 1 to 1000", lambda v: _integer(v, 1, 1000)),
+        "default_guidance": ("a number from 0 to 100",
+                             lambda v: type(v) in (int, float) and 0 <= v <= 100),
         "is_distilled": ("true or false", lambda v: isinstance(v, bool)),
     }
     for key, (expected, holds) in checks.items():

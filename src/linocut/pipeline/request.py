@@ -88,7 +88,8 @@ def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width
     """Check a request against a model's settings and spell it out as jobs.
 
     Args:
-        settings: `ModelFolder.settings`, which give the default size, steps and whether the model is distilled.
+        settings: `ModelFolder.settings`, which give the default size, steps and guidance, and whether the model is
+            distilled.
         generators: how many noise generators the caller brings instead of seeds; 0 for none.
         schedule_tokens: image tokens of the size whose noise levels to use; None for the picture's own.
         tile: height of the decoder's strips; None for what the plan finds best.
@@ -114,7 +115,7 @@ def make_request(prompt: str | Sequence[str], settings: dict[str, Any], *, width
 
     distilled = bool(settings["is_distilled"])
     if guidance_scale is None:
-        guidance = 1.0 if distilled else 4.0
+        guidance = 1.0 if distilled else float(settings["default_guidance"])
     else:
         guidance = float(guidance_scale)
         if not 0 <= guidance <= 100:  # also catches NaN

@@ -23,7 +23,7 @@ from linocut.quantize.policy import Policy
 from linocut.quantize.rounding import TERNARY_THRESHOLD, fake_quantize
 from linocut.train.loop import autocast
 
-_MARGIN = 0.1  # of a latent weight's distance from the threshold it was moved across, in units of the threshold
+MARGIN = 0.1  # of a latent weight's distance from the threshold it was moved across, in units of the threshold
 
 # Layers that run side by side, in the order in which the sets run.
 _DOUBLE = (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -111,25 +111,26 @@ def _round_block(block: nn.Module, prefix: str, sets: Sequence[Sequence[str]], r
             layer.weight.copy_(rounded)  # what the layers after it will see
 
 
-def latent_weights(weight: Tensor, values: Tensor, scales: Tensor, encoding: str) -> Tensor:
+def latent_weights(weight: Tensor, values: Tensor, scales: Tensor, encoding: str, margin: float = MARGIN) -> Tensor:
     """Weights [O, N] near `weight` that the tied rounding turns into values [O, N] times scales [O, G].
 
     A weight that GPTQ rounded as its neighbours are rounded keeps its distance from the threshold, so that training
-    can still move those that were in doubt; one that GPTQ moved elsewhere lies just beyond the threshold.
+    can still move those that were in doubt; one that GPTQ moved elsewhere lies just beyond the threshold, by `margin`
+    of it.
     """
     shape = (weight.shape[0], -1, GROUP_SIZE)
     values, wanted = values.view(shape), weight.float().view(shape)
     sign = torch.where(values == 0, torch.where(wanted < 0, -1.0, 1.0), values)
     start = (wanted * sign).clamp_min(0.0)  # 0 where GPTQ turned the sign
     if encoding == "binary":
-        size = start.clamp_min(_MARGIN * wanted.abs().mean(-1, keepdim=True))
+        size = start.clamp_min(margin * wanted.abs().mean(-1, keepdim=True))
         kept = size
     else:
         size = start
         for _ in range(12):  # the threshold follows the sizes, which follow the threshold
             threshold = TERNARY_THRESHOLD * size.mean(-1, keepdim=True)
-            size = torch.where(values == 0, start.minimum((1 - _MARGIN) * threshold),
-                               start.maximum((1 + _MARGIN) * threshold))
+            size = torch.where(values == 0, start.minimum((1 - margin) * threshold),
+                               start.maximum((1 + margin) * threshold))
         kept = size * values.abs()
     mean = kept.sum(-1, keepdim=True) / (kept > 0).sum(-1, keepdim=True).clamp_min(1)
     latent = (sign * size * (scales[..., None] / mean.clamp_min(1e-30))).view(weight.shape)

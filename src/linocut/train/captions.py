@@ -10,15 +10,16 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 from linocut.train import wording
 from linocut.train.palette import BACKGROUNDS, COLOURS, WALLS, colour
-from linocut.train.scenes import Group, Scene, split_of
+from linocut.train.scenes import STYLES, Group, Scene, split_of
 from linocut.train.vocabulary import article, every_name, objects, plural_of
 
 NONSENSE_RATE = 0.02
-_FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE, _WISH_RATE = 0.12, 0.35, 0.14, 0.10, 0.6
+_FILLER_RATE, _SYNONYM_RATE, _ENDING_RATE, _VERB_RATE, _WISH_RATE = 0.12, 0.35, 0.14, 0.10, 0.07
 _COLOUR_WORDS = {*COLOURS, "gold"}  # no "blue brown bear"
 _FRAME_WEIGHTS = [weight for weight, _ in wording.FRAMES]
 
@@ -46,14 +47,17 @@ def normalize(text: str) -> str:
 # Wordings -------------------------------------------------------------------------------------------------------------
 
 def sample_wording(scene: Scene, rng: random.Random) -> str:
-    """A random template for the scene: {0}, {1}, {2} are its groups, {b} is the phrase for its background."""
+    """A random template for the scene: {0}, {1}, {2} are its groups, {b} is the phrase for its background.
+
+    With {c} in it, it says the colour of its only group, {0}.
+    """
     body = _body(scene, rng)
     clause = "{is}" in body or not body.startswith(("{", "both"))  # no noun phrase, so it cannot be a photo of that
     spoken = "" if scene.background not in WALLS and not BACKGROUNDS[scene.background].phrases else "{b}"
     if scene.spot is not None:
         body += rng.choice((" ", " ", " ", ", ")) + rng.choice(wording.SPOT_WORDS[scene.spot])
     if spoken:
-        style = rng.random()
+        style = rng.random() * (0.35 if "{c}" in body else 1)  # no "make it red on the grass"
         clause = clause or style < 0.08
         body = f"{spoken}, {body}" if style < 0.08 else f"{body}, {spoken}" if style < 0.35 else f"{body} {spoken}"
     if scene.style in wording.STYLE_FRAMES:
@@ -80,6 +84,8 @@ def _body(scene: Scene, rng: random.Random) -> str:
         return _shuffled(_weighted(wording.JOINS, rng), 2, rng)
     if len(scene.groups) == 3:
         return _shuffled(_weighted(wording.JOINS_3, rng), 3, rng)
+    if scene.groups[0].colour is not None and scene.style == STYLES[0] and not scene.spot and rng.random() < _WISH_RATE:
+        return rng.choice(wording.COLOUR_WISHES)
     lone, style = scene.groups[0].count == 1, rng.random()
     if style < 0.04:
         return "there {is} {0}"
@@ -96,6 +102,8 @@ def _related(relation: str, rng: random.Random) -> str:
     words, opposite = list(wording.RELATION_WORDS[relation]), wording.RELATION_WORDS[wording.OPPOSITE[relation]]
     if "{r} it" in template:  # "left of it" is not English without "to"
         words = [each for each in words if each not in ("left of", "right of")]
+    if "ed {r}" in template:  # nor is "placed standing on"
+        words = [each for each in words if not each.startswith(("standing", "sitting"))]
     if "{0} {r} {1}" in template and relation != "on" and rng.random() < _VERB_RATE:
         template = "{0} " + rng.choice(wording.VERBS) + " {r} {1}"
     return (template.replace("{r}", rng.choice(words)).replace("{o}", rng.choice(opposite))
@@ -120,7 +128,12 @@ def _renamed(template: str, order: Sequence[str]) -> str:
 def fill(template: str, scene: Scene, rng: random.Random) -> str:
     """The caption that a template makes of a scene."""
     text = template.replace("{b}", _background(scene.background, template.startswith("{b}"), rng))
-    phrases = [_phrase(group, rng, len(scene.groups) == 1) for group in scene.groups]
+    groups = scene.groups
+    if "{c}" in text:
+        text = text.replace("{c}", _colour_word(groups[0], rng))
+        groups = (replace(groups[0], colour=None),)
+    phrases = [_phrase(group, rng) for group in groups]
+    text = text.replace("{it}", "them" if phrases[0][1] else "it")
     if "{is}" in text:
         text = text.replace("{is}", "are" if phrases[_subject(text)][1] else "is")
     for index, (words, _) in enumerate(phrases):
@@ -155,14 +168,15 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
     return _phrase(group, rng)[0]
 
 
-def _phrase(group: Group, rng: random.Random, alone: bool = False) -> tuple[str, bool]:
-    """The group in words, and whether a verb after them is in the plural. `alone`: nothing else is asked for."""
+def _phrase(group: Group, rng: random.Random) -> tuple[str, bool]:
+    """The group in words, and whether a verb after them is in the plural."""
     thing = objects()[group.thing]
     synonyms = [noun for noun in thing.synonyms if group.colour is None or not _COLOUR_WORDS & set(noun.split())]
     single = rng.choice(synonyms) if synonyms and rng.random() < _SYNONYM_RATE else thing.name
     always_plural = thing.name == thing.plural and single.endswith("s")  # scissors, fries
     many = single if always_plural else plural_of(thing, single)
-    described = _coloured(many if group.count > 1 else single, group, rng, alone)
+    plural = group.count > 1 or always_plural
+    described = _coloured(many if group.count > 1 else single, group, rng, plural)
     adjectives = [rng.choice(wording.SIZE_WORDS[group.size])] if group.size else []
     if rng.random() < _FILLER_RATE:
         adjectives.insert(rng.randrange(len(adjectives) + 1), rng.choice(wording.FILLERS))
@@ -175,22 +189,23 @@ def _phrase(group: Group, rng: random.Random, alone: bool = False) -> tuple[str,
         text = _one(described, always_plural, single in thing.masses, rng)
     if rng.random() < NONSENSE_RATE / 2:
         text += f" {rng.choice(wording.NAMED)} {nonsense(rng).capitalize()}"
-    return text, group.count > 1 or always_plural
+    return text, plural
 
 
-def _coloured(noun: str, group: Group, rng: random.Random, alone: bool) -> str:
+def _colour_word(group: Group, rng: random.Random) -> str:
+    assert group.colour is not None
+    words = colour(group.colour).words
+    return words[0] if rng.random() < 0.88 else rng.choice(words)
+
+
+def _coloured(noun: str, group: Group, rng: random.Random, plural: bool) -> str:
     if group.colour is None:
         return noun
-    words = colour(group.colour).words
-    word = words[0] if rng.random() < 0.88 else rng.choice(words)
-    style = rng.random()
+    word, style = _colour_word(group, rng), rng.random()
     if style < 0.88:
         return f"{word} {noun}"
-    wish = alone and rng.random() < _WISH_RATE
-    form = rng.choice(wording.COLOUR_WISHES if wish else wording.COLOUR_AFTER if style < 0.95 else
-                      wording.COLOUR_BEFORE)
-    it, verb = ("them", "are") if group.count > 1 else ("it", "is")
-    return form.replace("{n}", noun).replace("{c}", word).replace("{it}", it).replace("{is}", verb)
+    form = rng.choice(wording.COLOUR_AFTER if style < 0.95 else wording.COLOUR_BEFORE)
+    return form.replace("{n}", noun).replace("{c}", word).replace("{is}", "are" if plural else "is")
 
 
 def _number(count: int, noun: str, rng: random.Random) -> str:

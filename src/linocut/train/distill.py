@@ -22,6 +22,7 @@ from linocut.train.calibrate import Batch, calibrate
 from linocut.train.critic import make_critic
 from linocut.train.dataset import Captions, caption_bank, make_tokenizer, psnr
 from linocut.train.export import round_text
+from linocut.train.guidance import Teacher
 from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.model_parts import Drawer
@@ -33,34 +34,35 @@ from linocut.train.recipe import QatSettings, Recipe
 from linocut.train.snapshot import Snapshot
 from linocut.train.teacher import draw_held_out, held_out_latents
 from linocut.train.visibility import PICTURES, channel_weights
-from linocut.train.weights import load_transformer
+from linocut.train.warm import start_student
 
 
 def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> None:
     """Leaves in `run/<encoding>` the latent weights of a student of `run/teacher`."""
     settings: QatSettings = getattr(recipe, encoding)
     device = ranks.device
-    teacher, student = Painter.load(recipe, run / "teacher", device), Painter.load(recipe, run / "teacher", device)
+    painter, student = Painter.load(recipe, run / "teacher", device), Painter.load(recipe, run / "teacher", device)
+    tokenizer = make_tokenizer(recipe, run / "tokenizer")
+    teacher = Teacher(recipe, painter, tokenizer)
     # The student reads the text encoder that it will be shipped with, so that it learns to make up for its rounding.
     round_text(student, recipe)
     quantize_(student.transformer, recipe.packing(encoding), fake=True, eps=settings.residual)
     set_rounding(student.transformer, settings.rounding)
     student.transformer.requires_grad_(True)
     if settings.start:
-        load_transformer(student.transformer, Path(settings.start))
+        start_student(student.transformer, Path(settings.start), encoding)
     average = Average(student.transformer, settings.ema)
     optimizers = make_optimizers(student.transformer, settings.lr, 0.0, settings.muon, settings.dense_lr or None)
     snapshot = Snapshot(run / encoding, student.transformer, average, optimizers, ranks)
     done, saved = snapshot.restore()
     schedule = Schedule(settings, ranks, done)
-    tokenizer = make_tokenizer(recipe, run / "tokenizer")
     if schedule.steps > schedule.step:
         captions = caption_bank(recipe, tokenizer, 50 + ranks.rank, settings.scenes, device)
         if settings.calibrate and not settings.start and not schedule.step:
             _calibrate(recipe, teacher, student, captions, encoding, settings.calibrate)
             ranks.share(student.transformer)
             average.restart()
-        teacher.compile_blocks(device)
+        painter.compile_blocks(device)
         student.compile_blocks(device)
         torch.manual_seed(recipe.data.seed + 200 + ranks.rank + schedule.step * ranks.world)
         distillation = Distillation(
@@ -81,13 +83,13 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     ranks.same(0.0)
 
 
-def _journeys(recipe: Recipe, grid: tuple[int, int], index: int, teacher: Painter, student: Painter,
+def _journeys(recipe: Recipe, grid: tuple[int, int], index: int, teacher: Teacher, student: Painter,
               reader: CaptionReader, distillation: Distillation) -> Journeys:
     """A batch of pictures of one shape on their way, number `index` of those that take turns."""
     device, settings = distillation.ranks.device, distillation.settings
     drawers: list[Network] = [teacher, student]
     if grid != recipe.tokens:
-        drawers = [Drawer(painter.transformer, grid, recipe.data.text_length, device) for painter in (teacher, student)]
+        drawers = [teacher.at(grid), Drawer(student.transformer, grid, recipe.data.text_length, device)]
     return Journeys(recipe.path, grid_levels(recipe, grid), drawers[0], reader, settings.batch,
                     (grid[0] * grid[1], recipe.transformer.in_channels),
                     (recipe.data.text_length, recipe.transformer.joint_attention_dim), device, recipe.data.seed + index,
@@ -97,7 +99,7 @@ def _journeys(recipe: Recipe, grid: tuple[int, int], index: int, teacher: Painte
 class CaptionReader:
     """Text features of captions drawn at random, as teacher and student read them (`journeys.Reader`)."""
 
-    def __init__(self, teacher: Painter, student: Painter, captions: Captions) -> None:
+    def __init__(self, teacher: Teacher, student: Painter, captions: Captions) -> None:
         self.teacher, self.student, self.captions = teacher, student, captions
 
     @torch.no_grad()
@@ -108,7 +110,7 @@ class CaptionReader:
             return self.teacher.read(ids, mask).float(), self.student.read(ids, mask).float()
 
 
-def _channels(recipe: Recipe, run: Path, teacher: Painter, captions: Captions, share: float) -> Tensor | float:
+def _channels(recipe: Recipe, run: Path, teacher: Teacher, captions: Captions, share: float) -> Tensor | float:
     """Weights [4C] of the latents' channels, from pictures of the teacher; always the same for the same teacher."""
     if not share:
         return 1.0
@@ -127,7 +129,7 @@ def _sheet(recipe: Recipe, run: Path, student: Painter, encoding: str, ranks: Ra
     return draw
 
 
-def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Captions, encoding: str,
+def _calibrate(recipe: Recipe, teacher: Teacher, student: Painter, captions: Captions, encoding: str,
                prompts: int) -> None:
     """Set the student's latent weights by GPTQ on states of the teacher's path."""
     device, batches = captions.ids.device, []
@@ -144,7 +146,7 @@ def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Cap
                 x = teacher.walk(x, text, step)
     errors: list[float] = []
     plain = Painter(recipe).to(device).transformer.requires_grad_(False)
-    plain.load_state_dict(teacher.transformer.state_dict())
+    plain.load_state_dict(teacher.painter.transformer.state_dict())
     calibrate(plain, batches, student.image_ids, student.text_ids, recipe.packing(encoding),
               lambda _, error: errors.append(error))
     student.transformer.load_state_dict(plain.state_dict())
@@ -152,9 +154,9 @@ def _calibrate(recipe: Recipe, teacher: Painter, student: Painter, captions: Cap
 
 
 @torch.no_grad()
-def report(recipe: Recipe, run: Path, teacher: Painter, student: Painter, encoding: str) -> None:
+def report(recipe: Recipe, run: Path, teacher: Teacher, student: Painter, encoding: str) -> None:
     """PSNR of the student's held-out pictures to the teacher's on the same noise, and the student's grid as PNG."""
-    device = next(teacher.parameters()).device
+    device = teacher.empty.device
     captions = Captions.build(make_tokenizer(recipe, run / "tokenizer"), recipe.held_out, device)
     vae = load_vae(recipe, run, device)
     wanted, pictures = (draw_held_out(recipe, painter, vae, captions) for painter in (teacher, student))

@@ -56,8 +56,8 @@ def export(recipe: Recipe, run: Path, target: Path, folders: Mapping[str, str] =
 
 
 def export_teacher(recipe: Recipe, run: Path, target: Path) -> None:
-    """Write the teacher as a model folder."""
-    _write_surroundings(recipe, run, target)
+    """Write the teacher as a model folder; it draws with the guidance that its students saw."""
+    _write_surroundings(recipe, run, target, recipe.path.guidance)
     painter = Painter(recipe)
     load_weights(painter, run / "teacher")
     parts = (("transformer", "diffusion_pytorch_model.safetensors", painter.transformer, recipe.transformer.to_dict()),
@@ -68,9 +68,9 @@ def export_teacher(recipe: Recipe, run: Path, target: Path) -> None:
     print(f"  wrote {target} (teacher): {folder_bytes(target) / 1e6:.2f} MB", flush=True)
 
 
-def _write_surroundings(recipe: Recipe, run: Path, target: Path) -> None:
+def _write_surroundings(recipe: Recipe, run: Path, target: Path, guidance: float = 1.0) -> None:
     """Everything in a model folder but transformer and text encoder."""
-    write_json(target / "model_index.json", model_index(recipe))
+    write_json(target / "model_index.json", model_index(recipe, guidance))
     write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
     compact = json.dumps(vocabulary_table(), separators=(",", ":"), ensure_ascii=False)
     atomic_write_bytes(target / VOCABULARY_FILE, (compact + "\n").encode())
@@ -95,9 +95,11 @@ def round_text(painter: Painter, recipe: Recipe) -> None:
         quantize_(painter.text_encoder, TEXT_POLICY, fake=True)
 
 
-def model_index(recipe: Recipe) -> dict[str, object]:
+def model_index(recipe: Recipe, guidance: float = 1.0) -> dict[str, object]:
     """`model_index.json`: diffusers' component table and this project's settings."""
-    return {"_class_name": "Flux2KleinPipeline", "is_distilled": True,
+    distilled = guidance == 1
+    own: dict[str, object] = {} if distilled else {"default_guidance": guidance}
+    return {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled,
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2TokenizerFast"],
             "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
@@ -105,7 +107,7 @@ def model_index(recipe: Recipe) -> dict[str, object]:
                         "text_length": recipe.data.text_length, "text_taps": list(recipe.text_taps),
                         "default_size": [recipe.data.size, recipe.data.size],
                         "trained_sizes": [[recipe.data.size] * 2, *map(list, recipe.data.shapes)],
-                        "default_steps": recipe.default_steps or recipe.path.grid}}
+                        "default_steps": recipe.default_steps or recipe.path.grid, **own}}
 
 
 def vocabulary_table() -> dict[str, object]:

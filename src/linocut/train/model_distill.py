@@ -31,6 +31,7 @@ from linocut.quantize.stream import quantize_folder
 from linocut.train.autoencoder import save_grid
 from linocut.train.calibrate import Batch, calibrate
 from linocut.train.critic import make_critic
+from linocut.train.guidance import Guided
 from linocut.train.journeys import Journeys
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.model_parts import TOKEN_SIDE, Drawer, Parts, load_parts, random_parts
@@ -116,14 +117,15 @@ class Learner:
 
     def batches(self, distillation: Distillation) -> list[Journeys]:
         """One batch on its way for every size."""
-        made = []
+        made, empty = [], self.reader.empty()
         for index, size in enumerate(self.recipe.sizes):
             tokens = size[1] // TOKEN_SIDE, size[0] // TOKEN_SIDE
             count = tokens[0] * tokens[1]
             teacher, student = (Drawer(network, tokens, self.parts.text_length, self.ranks.device)
                                 for network in (self.parts.teacher, self.parts.student))
             made.append(Journeys(
-                self.recipe.path, sigmas(count, self.recipe.path.grid).tolist(), teacher, self.reader,
+                self.recipe.path, sigmas(count, self.recipe.path.grid).tolist(),
+                Guided(teacher, self.recipe.path.guidance, empty), self.reader,
                 self.settings.batch, (count, self.parts.config.in_channels),
                 (self.parts.text_length, self.parts.config.joint_attention_dim), self.ranks.device,
                 self.recipe.prompts.seed + index, bool(self.settings.contrast), distillation.saved_batch(index),
@@ -198,13 +200,14 @@ class Learner:
         tokens = size[1] // TOKEN_SIDE, size[0] // TOKEN_SIDE
         teacher = Drawer(self.parts.teacher, tokens, length, device)
         levels = sigmas(tokens[0] * tokens[1], recipe.path.grid).tolist()
+        guided = Guided(teacher, recipe.path.guidance, self.reader.empty())
         batches, generator = [], torch.Generator().manual_seed(recipe.prompts.seed + 300)
         for _ in range(0, self.settings.calibrate, 4):
             text, own = self.reader.read(4)
             x = torch.randn(4, tokens[0] * tokens[1], self.parts.config.in_channels, generator=generator).to(device)
             for here, there in pairwise(levels):
                 batches.append(Batch(x, own, torch.full((4,), here, device=device)))
-                x = teacher.walk(x, text, [here, there])
+                x = guided.walk(x, text, [here, there])
         plain = Plain(self.parts.student)
         with plain as network:
             calibrate(network, batches, teacher.image_ids, teacher.text_ids, Policy.preset("flux2", encoding))

@@ -57,6 +57,14 @@ class PromptReader:
         self.device, self.position = device, 0
 
     @torch.no_grad()
+    def empty(self) -> Tensor:
+        """Features [1, T, E] of the empty prompt as the teacher reads it."""
+        ids, mask = (tensor.to(self.device) for tensor in self.tokenizer.encode([""]))
+        with autocast(self.device):
+            features: Tensor = self.teacher(ids, mask)
+        return features.float()
+
+    @torch.no_grad()
     def read(self, count: int) -> tuple[Tensor, Tensor]:
         """Features [B, T, E] for both."""
         texts = [self.stream[self.position + index] for index in range(count)]

@@ -100,20 +100,27 @@ class TeacherSettings(StageSettings):
 class PathSettings:
     """How the teacher draws for its students: `grid` steps of the sampler, each in `substeps`. The students learn each
     step of the grid in one; `weights` say how much an error in each counts (equally if left out). A share `jitter` of
-    the paths has other levels between the ends, so that the students can also draw in more steps."""
+    the paths has other levels between the ends, so that the students can also draw in more steps. The teacher draws
+    with `guidance` (`train.guidance`; 1 for none), the students without."""
 
     grid: int = 4
     substeps: tuple[int, ...] = (1, 1, 1, 2)
     weights: tuple[float, ...] = ()
     jitter: float = 0.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.guidance < 1:
+            raise UsageError(f"path.guidance must be 1 (none) or more, found {self.guidance:g}")
 
 
 @dataclass(frozen=True)
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
-    prompts (0 for none) the student starts from GPTQ codes; with `start`, a folder that this stage left in another run,
-    relative to the recipe's, from the latent weights in there instead. `rounding` of ternary weights: "tied"
+    prompts (0 for none) the student starts from GPTQ codes; with `start`, a folder relative to the recipe's, from what
+    another run made: latent weights that this stage left there, or a packed model with a student of this encoding
+    (`warm`). `rounding` of ternary weights: "tied"
     (`quantize.rounding`) or BitNet's "absmean", to compare with.
 
     `loss` is the mean squared error of the "velocity", or that divided by what part of the velocity prompts decide at

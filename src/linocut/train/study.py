@@ -109,19 +109,22 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     from linocut.train.autoencoder import load_vae
     from linocut.train.dataset import Captions, edges, make_tokenizer, psnr
     from linocut.train.export import quantized
+    from linocut.train.guidance import Teacher
     from linocut.train.loop import autocast
     from linocut.train.painter import Painter, grid_levels
     from linocut.train.prompts import sample_prompts
     from linocut.train.teacher import held_out_noise
     from linocut.train.weights import load_weights
 
-    teacher, vae = Painter.load(recipe, folder / "teacher", device), load_vae(recipe, folder, device)
+    painter, vae = Painter.load(recipe, folder / "teacher", device), load_vae(recipe, folder, device)
+    tokenizer = make_tokenizer(recipe, folder / "tokenizer")
+    teacher = Teacher(recipe, painter, tokenizer)
     student = quantized(recipe, encoding).eval().requires_grad_(False)
     load_weights(student, folder / encoding)
     student.to(device)
     count = PROMPTS if device.type == "cuda" else 8
     texts = [prompt["prompt"] for prompt in sample_prompts("dev", count)]
-    captions = Captions.build(make_tokenizer(recipe, folder / "tokenizer"), texts, device)
+    captions = Captions.build(tokenizer, texts, device)
     levels, noise = grid_levels(recipe), held_out_noise(recipe, count, device)
     errors, wrong, energy, found = [0.0] * recipe.path.grid, 0.0, 0.0, dict[str, float]()
     finer = sigmas(recipe.tokens[0] * recipe.tokens[1], recipe.default_steps or recipe.path.grid).tolist()
@@ -135,7 +138,7 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     with torch.no_grad():
         for rows in torch.arange(count, device=device).split(64):
             with autocast(device):
-                text, own = (painter.read(*captions.pick(rows)) for painter in (teacher, student))
+                text, own = (reader.read(*captions.pick(rows)) for reader in (teacher, student))
             x = noise[rows]
             for stage, (here, there) in enumerate(pairwise(levels)):
                 parts = recipe.path.substeps[stage]

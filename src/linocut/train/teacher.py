@@ -12,6 +12,7 @@ from linocut.models.autoencoder import Autoencoder
 from linocut.models.flux2 import image_position_ids
 from linocut.train.autoencoder import load_vae, save_grid
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer
+from linocut.train.guidance import Teacher
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.naming import UNTIL, NamingHead
 from linocut.train.optimize import Average, make_optimizers, set_rate
@@ -81,7 +82,7 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
         painter.save(run / "teacher")
         state.drop()
         captions = Captions.build(tokenizer, recipe.held_out, device)
-        save_grid(draw_held_out(recipe, painter, vae, captions), 8, run / "teacher.png")
+        save_grid(draw_held_out(recipe, Teacher(recipe, painter, tokenizer), vae, captions), 8, run / "teacher.png")
     ranks.same(0.0)
 
 
@@ -120,14 +121,14 @@ def held_out_noise(recipe: Recipe, count: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def draw_held_out(recipe: Recipe, painter: Painter, vae: Autoencoder, captions: Captions) -> Tensor:
+def draw_held_out(recipe: Recipe, painter: Painter | Teacher, vae: Autoencoder, captions: Captions) -> Tensor:
     """Pictures [M, 3, H, W] of the captions in the steps of the grid, seed i for caption i."""
     return vae.image_from_latents(held_out_latents(recipe, painter, captions))
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def held_out_latents(recipe: Recipe, painter: Painter, captions: Captions) -> Tensor:
+def held_out_latents(recipe: Recipe, painter: Painter | Teacher, captions: Captions) -> Tensor:
     """The same as latents [M, 4C, h, w]."""
     device, count = captions.ids.device, len(captions.ids)
     with autocast(device):

@@ -1,8 +1,9 @@
-"""A teacher need not begin from nothing: weights of a packed model of the same shape are a start.
+"""Networks need not begin from nothing: weights of a packed model of the same shape are a start.
 
 Rounded weights draw nearly as well as those they came from and have the same scale, so a teacher that starts from them
-has its composition and drawing from the first step on, and grows into a larger vocabulary from there. That carries
-training over from one run to the next through the model that was published, without keeping gigabytes beside it.
+has its composition and drawing from the first step on, and grows into a larger vocabulary from there. A student goes on
+from the codes of another one. That carries training over from one run to the next through the model that was
+published, without keeping gigabytes beside it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import dequantize
 from linocut.models.convert import tensor_from
 from linocut.models.text_encoder import PromptTokenizer
+from linocut.train.calibrate import latent_weights
+from linocut.train.export import FOLDERS
 from linocut.train.painter import Painter
+from linocut.train.weights import load_transformer
 
+_TRAINED = 0.5  # margin of a code that training has found, and not a rounding
 _EMBEDDING = "embed_tokens.weight"
 _BLOCK = re.compile(r"(?:single_)?transformer_blocks\.\d+\.")
 _ADDS = re.compile(r"attn\.(?:to_out|to_add_out)(?:\.0)?\.weight$|ff(?:_context)?\.linear_out\.weight$")
@@ -41,6 +46,27 @@ def start_from(painter: Painter, tokenizer: PromptTokenizer, folder: Path) -> No
     _copy(painter.text_encoder, folder / "text_encoder", {_EMBEDDING: rows})
 
 
+@torch.no_grad()
+def start_student(transformer: nn.Module, folder: Path, encoding: str) -> None:
+    """Set a student's latent weights, so far its teacher's, to those of another student.
+
+    `folder` has latent weights that a training stage left, or is a packed model. Of that the codes, scales and dense
+    tensors are taken; within a code's interval the latent weight is as near as it can be to the teacher's. Raises
+    FormatError that names the tensor if a shape differs.
+    """
+    if (folder / "model.safetensors").is_file():
+        load_transformer(transformer, folder)
+        return
+    folder /= FOLDERS[encoding]
+    with Checkpoint.open(folder) as checkpoint:
+        for name, target in transformer.state_dict().items():
+            value, module = _fitting(checkpoint, name, target, folder).to(target.device), name.removesuffix(".weight")
+            if module in checkpoint.packed and checkpoint.packed[module].encoding == encoding:
+                scales = torch.from_numpy(checkpoint.packed_tensor(module).scales.astype("float32")).to(target.device)
+                value = latent_weights(target, value.sign(), scales, encoding, _TRAINED)
+            target.copy_(value)
+
+
 def _copy(module: nn.Module, folder: Path, instead: dict[str, Tensor]) -> None:
     with Checkpoint.open(folder) as checkpoint:
         known = {_block(name) for name in (*checkpoint, *checkpoint.packed)}
@@ -49,18 +75,22 @@ def _copy(module: nn.Module, folder: Path, instead: dict[str, Tensor]) -> None:
                 if _ADDS.search(name):
                     target.zero_()
                 continue
-            value = instead[name] if name in instead else _dense(checkpoint, name)
-            if value.shape != target.shape:
-                raise FormatError("tensor has another shape than the recipe's network", path=folder, tensor=name,
-                                  expected=list(target.shape), found=list(value.shape),
-                                  advice="start from a model of the same shape, or from nothing")
-            target.copy_(value)
+            target.copy_(instead[name] if name in instead else _fitting(checkpoint, name, target, folder))
 
 
 def _block(name: str) -> str:
     """What a tensor belongs to: its block, or else nothing."""
     found = _BLOCK.match(name)
     return found.group() if found else ""
+
+
+def _fitting(checkpoint: Checkpoint, name: str, target: Tensor, folder: Path) -> Tensor:
+    value = _dense(checkpoint, name)
+    if value.shape != target.shape:
+        raise FormatError("tensor has another shape than the recipe's network", path=folder, tensor=name,
+                          expected=list(target.shape), found=list(value.shape),
+                          advice="start from a model of the same shape, or from nothing")
+    return value
 
 
 def _dense(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -13,10 +13,10 @@ ONE = ("one", "a single", "the", "this", "some kind of")
 COLLECTIONS = ("a group of", "a set of", "a collection of", "a total of")
 COLOUR_AFTER = ("{n} in {c}", "{n} that {is} {c}", "{n} which {is} {c}", "{n} colored {c}", "{n} painted {c}",
                 "{n} of {c} color")
-# Of what is asked for alone; {it} is "it" or "them".
-COLOUR_WISHES = ("{n}, but make {it} {c}", "{n} but {c}", "{n}, but {c}", "{n}, make {it} {c}", "{n} and make {it} {c}",
-                 "{n}, but in {c}", "{n}, but {c} please", "{n}, and I want {it} {c}", "{n}, only that {it} {is} {c}",
-                 "{n}, painted {c}", "{n}, all {c}")
+# The colour {c} of what is asked for alone, said after it; {it} is "it" or "them".
+COLOUR_WISHES = ("{0}, but make {it} {c}", "{0} but {c}", "{0}, but {c}", "{0}, make {it} {c}", "{0} and make {it} {c}",
+                 "{0}, but in {c}", "{0}, and I want {it} {c}", "{0}, only {c}", "{0}, painted {c}", "{0}, all {c}",
+                 "{0}, but I want {it} in {c}", "{0}, please make {it} {c}", "{0}, in {c}")
 COLOUR_BEFORE = ("{c} colored {n}", "{c}-colored {n}", "{c} coloured {n}")
 SIZE_WORDS = {"big": ("big", "large", "huge", "giant", "enormous", "very big"),
               "small": ("small", "tiny", "little", "mini", "very small")}
@@ -65,8 +65,8 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 PLACED = {
     "left of": (("on the left", "on the right"), ("on the left side", "on the right side"), ("left", "right")),
     "right of": (("on the right", "on the left"), ("on the right side", "on the left side"), ("right", "left")),
-    "above": (("at the top", "at the bottom"), ("on top", "at the bottom"), ("above", "below")),
-    "below": (("at the bottom", "at the top"), ("at the bottom", "on top"), ("below", "above")),
+    "above": (("at the top", "at the bottom"), ("above", "below")),
+    "below": (("at the bottom", "at the top"), ("below", "above")),
     "on": (("on top", "at the bottom"), ("on top", "below")),
 }
 RELATED = {  # {r} relation words, {o} those of the opposite, {p} and {q} the places of group 0 and group 1
