@@ -1,9 +1,9 @@
 """What activations rounded to int8 cost a picture, against the teacher that the embedded models learned from.
 
-    python benchmarks/activations.py RUN/teacher/model.safetensors [--prompts FILE] [--pictures 24] [--steps 4]
+    python benchmarks/activations.py RUN/teacher-model [--prompts FILE] [--pictures 24] [--steps 4]
 
-The file holds the teacher's float transformer under `transformer.` (as `linocut train` leaves it). Each prompt is drawn
-from the same noise by the teacher, by a student with float activations (kernel "native") and by the student as it is
+The folder is the teacher as `linocut train --stage teacher-model` exports it. Each prompt is drawn from the same noise
+by the teacher with its guidance, by a student with float activations (kernel "native") and by the student as it is
 drawn by default: int8 activations in the text encoder and the transformer, attention in bfloat16 where the CPU has it.
 "cost" is the difference of two PSNRs against the teacher's pictures, over all pixels of all of them.
 """
@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from linocut.formats.checkpoint import Checkpoint, write_checkpoint
 from linocut.formats.folder import EMBEDDED, ModelFolder
 from linocut.kernels.dispatch import use_kernel
 from linocut.pipeline.generate import Pipeline
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def draw(folder: ModelFolder, prompts: list[str], steps: int, kernel: str) -> np.ndarray:
@@ -41,7 +36,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path)
+    parser.add_argument("teacher", type=Path)
     parser.add_argument("--prompts", type=Path, default=Path("recipes/embedded/prompts.txt"))
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--steps", type=int, default=4)
@@ -49,14 +44,7 @@ def main() -> None:
     lines = arguments.prompts.read_text().splitlines()  # task | prompt
     prompts = [line.rpartition("|")[2].strip() for line in lines if line.strip() and not line.startswith("#")]
     prompts = prompts[: arguments.pictures]
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary) / "teacher"
-        shutil.copytree(ModelFolder.open("embedded").root, root)
-        with Checkpoint.open(arguments.weights) as checkpoint:
-            write_checkpoint(root / "transformer" / WEIGHTS, {
-                name.removeprefix("transformer."): checkpoint.array(name).astype(np.float32)
-                for name in checkpoint if name.startswith("transformer.")})
-        teacher = draw(ModelFolder.open(root), prompts, arguments.steps, "native")
+    teacher = draw(ModelFolder.open(arguments.teacher), prompts, arguments.steps, "native")
     for name in EMBEDDED:
         folder = ModelFolder.open(name)
         floats, int8 = (draw(folder, prompts, arguments.steps, kernel) for kernel in ("native", "auto"))

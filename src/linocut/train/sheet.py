@@ -110,12 +110,16 @@ def held_out_sheet(recipe: Recipe, run: Path, path: Path, models: tuple[str, str
                    device: str | None = None, columns: int = 3) -> None:
     """Draw every held-out prompt i with seed i and write teacher, ternary and binary side by side to `path`.
 
-    `models` are the ternary and the binary model to draw with; without it those of `run/model`. The teacher's pictures
-    are read from `run/teacher.png`. What is not there is left out and said. Raises ModelNotFoundError if no student is.
+    `models` are the ternary and the binary model to draw with; without it those of `run/model`. The teacher draws as it
+    was exported (`run/teacher-model`), else its pictures in the steps of the grid are read from `run/teacher.png`.
+    What is not there is left out and said. Raises ModelNotFoundError if no student is.
     """
     prompts = recipe.held_out
     rows: dict[str, list[Image.Image]] = {}
-    if (run / "teacher.png").is_file():
+    if (run / "teacher-model" / "model_index.json").is_file():
+        print(f"  drawing {len(prompts)} prompts with the teacher", flush=True)
+        rows["teacher"] = _draw(ModelFolder(run / "teacher-model", "teacher"), prompts, device)
+    elif (run / "teacher.png").is_file():
         rows["teacher"] = split_grid(run / "teacher.png", len(prompts), recipe.data.size)
     for encoding, folder in _students(run, models).items():
         print(f"  drawing {len(prompts)} prompts with {folder.name} ({encoding})", flush=True)
