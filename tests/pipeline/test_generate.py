@@ -1,5 +1,6 @@
 """The pipeline end to end on a tiny random model: same pixels every time, one picture at a time, stoppable."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -216,6 +217,12 @@ def test_guidance_only_where_it_acts(pipe: Pipeline, tmp_path: Path) -> None:
     guided = base(PROMPT, seed=3)
     assert guided.recipe.guidance == 4.0
     assert not (pixels(guided)[0] == pixels(plain)[0]).all()
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["linocut"]["default_guidance"] = 1.75
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    own = Pipeline.from_pretrained(tmp_path / "base")(PROMPT, seed=3)
+    assert own.recipe.guidance == 1.75
+    assert (pixels(own)[0] == pixels(base(PROMPT, seed=3, guidance_scale=1.75))[0]).all()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

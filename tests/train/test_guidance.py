@@ -86,6 +86,7 @@ def test_a_guided_teacher_is_exported_as_one(recipe):
     assert "default_guidance" not in student["linocut"]
 
 
-def test_guidance_below_one_is_refused():
-    with pytest.raises(UsageError, match=r"path\.guidance must be 1"):
-        PathSettings(guidance=0.5)
+def test_guidance_that_no_model_folder_can_say_is_refused():
+    for scale in (0.5, 101, float("nan"), True):
+        with pytest.raises(UsageError, match=r"path\.guidance must lie in 1"):
+            PathSettings(guidance=scale)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,21 @@ def test_every_tensor_learns(rehearsed):
     assert lines[-1]["sensitivity"] > 0 != lines[-1]["margin"]
     assert [line["frozen"] for line in lines] == [False, False, False, True, True]
     assert lines[-1]["flips"] == 0.0
+
+
+def test_a_student_of_a_guided_teacher_needs_no_guidance(rehearsed, tmp_path):
+    found = {}
+    for scale in (1.0, 3.0):
+        run = tmp_path / str(scale)
+        shutil.copytree(rehearsed / "source", run / "source")
+        index = json.loads((run / "source" / "model_index.json").read_text())
+        (run / "source" / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
+        recipe = rehearsal(steps=2, freeze=0.0)
+        distil_model(replace(recipe, path=replace(recipe.path, guidance=scale), held_out=()), "ternary", run, ALONE)
+        found[scale] = ModelFolder.open(run / "model-ternary").settings, weights(run / "ternary")["proj_out.weight"]
+    assert [found[scale][0]["is_distilled"] for scale in found] == [False, True]
+    assert found[3.0][0]["default_steps"] == recipe.path.grid
+    assert not np.array_equal(found[1.0][1], found[3.0][1])
 
 
 def test_a_run_that_was_cut_ends_with_the_very_same_weights(rehearsed, tmp_path, monkeypatch):

@@ -60,7 +60,8 @@ class Size(click.ParamType):
               help="Seed; may be repeated. Left out: a random one, which is printed.")
 @click.option("-n", "--num-images", type=int, default=1, show_default=True, metavar="N",
               help="Pictures per prompt and seed: seed, seed + 1, ...")
-@click.option("--guidance", type=float, metavar="G", help="Guidance scale; only for models that are not distilled.")
+@click.option("--guidance", type=float, metavar="G",
+              help="Guidance scale; only for models that are not distilled. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Number format of the computation.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME",

@@ -139,7 +139,8 @@ class Pipeline:
             seed: picture i of a prompt uses seed + i; several seeds draw each; None draws a random one per prompt.
             generator: CPU generator(s) to draw noise from instead, as in diffusers.
             num_images: pictures per prompt and seed.
-            guidance_scale: for models that are not distilled; above 1 it costs a second pass per step.
+            guidance_scale: for models that are not distilled; above 1 it costs a second pass per step. Default: the
+                model's.
             callback_on_step_end: called as (pipe, i, sigma, state) after step i; see `StepState`. Its result is unused.
             cancel: a `threading.Event`, or a function that returns True to stop; asked after every block.
             on_progress: gets a `Progress` after every layer, block and strip.

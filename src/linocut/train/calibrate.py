@@ -115,8 +115,8 @@ def latent_weights(weight: Tensor, values: Tensor, scales: Tensor, encoding: str
     """Weights [O, N] near `weight` that the tied rounding turns into values [O, N] times scales [O, G].
 
     A weight that GPTQ rounded as its neighbours are rounded keeps its distance from the threshold, so that training
-    can still move those that were in doubt; one that GPTQ moved elsewhere lies just beyond the threshold, by `margin`
-    of it.
+    can still move those that were in doubt; one that GPTQ moved elsewhere lies just beyond the threshold. None
+    lies nearer to it than `margin` of it.
     """
     shape = (weight.shape[0], -1, GROUP_SIZE)
     values, wanted = values.view(shape), weight.float().view(shape)

@@ -50,6 +50,7 @@ class Teacher(Guided):
     """A painter as its students see it: with the guidance of the recipe's path."""
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # one row is not worth compiling for
     def __init__(self, recipe: Recipe, painter: Painter, tokenizer: PromptTokenizer) -> None:
         self.painter, self.recipe, self.read = painter, recipe, painter.read
         captions = Captions.build(tokenizer, [""], painter.image_ids.device)

@@ -32,7 +32,7 @@ from linocut.train.autoencoder import save_grid
 from linocut.train.calibrate import Batch, calibrate
 from linocut.train.critic import make_critic
 from linocut.train.guidance import Guided
-from linocut.train.journeys import Journeys
+from linocut.train.journeys import Journeys, Network
 from linocut.train.loop import Ranks, Schedule, autocast
 from linocut.train.model_parts import TOKEN_SIDE, Drawer, Parts, load_parts, random_parts
 from linocut.train.model_recipe import ModelQatSettings, ModelRecipe
@@ -141,8 +141,10 @@ class Learner:
         assert self.folder is not None
         device, size = self.ranks.device, self.recipe.sizes[0]
         tokens, channels = (size[1] // TOKEN_SIDE, size[0] // TOKEN_SIDE), self.parts.config.in_channels
-        drawer, levels = Drawer(network, tokens, self.parts.text_length, device), sigmas(
-            tokens[0] * tokens[1], self.recipe.path.grid).tolist()
+        levels = sigmas(tokens[0] * tokens[1], self.recipe.path.grid).tolist()
+        drawer: Network = Drawer(network, tokens, self.parts.text_length, device)
+        if network is self.parts.teacher:
+            drawer = Guided(drawer, self.recipe.path.guidance, self.reader.empty())
         pictures = []
         with self.folder.checkpoint("vae") as weights:
             vae = build_and_load(Autoencoder, AutoencoderConfig.from_dict(self.folder.config("vae")), weights,
@@ -169,8 +171,12 @@ class Learner:
         else:
             (target / "transformer").mkdir(parents=True, exist_ok=True)
             share_parts(source.root, target, tuple(part for part in _SHARED if source.has(part)))
+            index = source.index
+            if self.recipe.path.guidance > 1:  # its students need none
+                settings = index.get("linocut", {}) | {"default_steps": self.recipe.path.grid}
+                index = index | {"is_distilled": True, "linocut": settings}
             for name, content in (("transformer/config.json", source.config("transformer")),
-                                  ("model_index.json", source.index)):
+                                  ("model_index.json", index)):
                 atomic_write_bytes(target / name, (json.dumps(content, indent=2) + "\n").encode())
             declared = [(name, "F32" if name in fine else "F16", shape) for name, shape in shapes.items()]
             with CheckpointWriter(target / WEIGHTS, declared, {"format": "pt"}) as writer:

@@ -110,8 +110,8 @@ class PathSettings:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.guidance < 1:
-            raise UsageError(f"path.guidance must be 1 (none) or more, found {self.guidance:g}")
+        if isinstance(self.guidance, bool) or not 1 <= self.guidance <= 100:  # also catches NaN
+            raise UsageError(f"path.guidance must lie in 1 (none) to 100, found {self.guidance}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from linocut.models.convert import tensor_from
 from linocut.models.text_encoder import PromptTokenizer
 from linocut.train.calibrate import latent_weights
 from linocut.train.export import FOLDERS
+from linocut.train.monitor import coded_layers
 from linocut.train.painter import Painter
 from linocut.train.weights import load_transformer
 
@@ -51,17 +52,24 @@ def start_student(transformer: nn.Module, folder: Path, encoding: str) -> None:
     """Set a student's latent weights, so far its teacher's, to those of another student.
 
     `folder` has latent weights that a training stage left, or is a packed model. Of that the codes, scales and dense
-    tensors are taken; within a code's interval the latent weight is as near as it can be to the teacher's. Raises
-    FormatError that names the tensor if a shape differs.
+    tensors are taken. A latent weight lies on its code's side of the threshold, at least half of that away from it, and
+    there in the order of the teacher's weights. Raises FormatError that names the tensor if its shape or its encoding
+    is another one.
     """
     if (folder / "model.safetensors").is_file():
         load_transformer(transformer, folder)
         return
-    folder /= FOLDERS[encoding]
+    folder /= FOLDERS[encoding] if (folder / FOLDERS[encoding]).is_dir() else "transformer"
+    coded = {name for name in coded_layers(transformer) if transformer.get_submodule(name).encoding == encoding}
     with Checkpoint.open(folder) as checkpoint:
+        for name in sorted(coded):
+            found = checkpoint.packed[name].encoding if name in checkpoint.packed else "dense"
+            if found != encoding:
+                raise FormatError("layer has another encoding than the student", path=folder, tensor=name,
+                                  expected=encoding, found=found, advice="start from a student of the same encoding")
         for name, target in transformer.state_dict().items():
             value, module = _fitting(checkpoint, name, target, folder).to(target.device), name.removesuffix(".weight")
-            if module in checkpoint.packed and checkpoint.packed[module].encoding == encoding:
+            if module in coded:
                 scales = torch.from_numpy(checkpoint.packed_tensor(module).scales.astype("float32")).to(target.device)
                 value = latent_weights(target, value.sign(), scales, encoding, _TRAINED)
             target.copy_(value)
