@@ -100,12 +100,20 @@ def test_each_block_equals_the_plain_one_with_the_same_rounding(folder, monkeypa
 @torch.no_grad()
 def test_step_is_near_the_plain_network_in_float(folder):
     """Each product rounds its activations once: half a step of max/127, evenly spread, is some 0.3 % of their size, and
-    rounding errors of independent layers add up as a random walk. Attention in bfloat16 adds less."""
-    model = transformer_of(folder)
-    given = inputs(model.config)
+    rounding errors of independent layers add up as a random walk. Attention in bfloat16 adds less. How far the errors
+    of a block grow in those after it is the model's own; what it costs pictures, `benchmarks/activations.py` says.
+    """
+    model, errors = transformer_of(folder), []
+    whole, given = FusedTransformer(model), inputs(model.config)
     with use_kernel("native"):
         wanted = model(*given)
-    assert relative(FusedTransformer(model)(*given), wanted) < 0.02
+    found = relative(whole(*given), wanted)
+    for _ in alone(model):
+        with use_kernel("native"):
+            wanted = model(*given)
+        errors.append(relative(FusedTransformer(model)(*given), wanted))
+    assert max(errors) < 0.012
+    assert found < 1.5 * sum(error**2 for error in errors) ** 0.5
 
 
 @torch.no_grad()
