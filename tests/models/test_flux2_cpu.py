@@ -112,8 +112,9 @@ def test_step_is_near_the_plain_network_in_float(folder):
         with use_kernel("native"):
             wanted = model(*given)
         errors.append(relative(FusedTransformer(model)(*given), wanted))
-    assert max(errors) < 0.012
-    assert found < 1.5 * sum(error**2 for error in errors) ** 0.5
+    assert max(errors) < 0.0105
+    assert found < 1.2 * sum(error**2 for error in errors) ** 0.5
+    assert found < (0.025 if folder.name.startswith("embedded") else 0.02)  # random weights amplify nothing
 
 
 @torch.no_grad()
