@@ -35,7 +35,6 @@ from pathlib import Path
 
 ROOT = Path("/tmp/lease")
 RECIPE = "recipes/embedded/recipe.toml"
-SHIPPED_VAE = Path("src/linocut/data/embedded/vae/diffusion_pytorch_model.safetensors")
 PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
 GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
 ENDING = 170.0  # seconds that students leave at the end to be packed and judged
@@ -57,12 +56,12 @@ class Plan:
     only: str = ""
 
     @classmethod
-    def make(cls, recipe: str, device: str, devices: int, budget: float, have_vae: bool = False,
+    def make(cls, recipe: str, device: str, devices: int, budget: float, vae: float | None = None,
              distil: float | None = None, study: str = "", only: str = "") -> Plan:
-        """Shares of a budget: the autoencoder goes on from what ships and needs little, the students have `distil`
-        seconds or a third, and the teacher what is left."""
+        """Shares of a budget: the autoencoder has `vae` seconds or few, the students `distil` or a third, and the
+        teacher what is left."""
         students = budget - min(ENDING, 0.2 * budget)
-        vae = 0.0 if have_vae else min(95.0, 0.2 * budget)
+        vae = min(95.0, 0.2 * budget) if vae is None else vae
         return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students, study, only)
 
 
@@ -271,13 +270,10 @@ def start(options: argparse.Namespace) -> None:
     if options.have:
         shutil.copytree(options.have, run, dirs_exist_ok=True)
         (run / "vae.done").touch()
-    elif options.recipe == RECIPE and not (run / "vae").exists():
-        (run / "vae").mkdir()
-        shutil.copy(SHIPPED_VAE, run / "vae" / "model.safetensors")
-        (run / "vae.done").touch()
+    vae = 0.0 if (run / "vae.done").exists() else options.vae
     (root / "plan.json").write_text(json.dumps(asdict(Plan.make(options.recipe, options.device, options.devices,
-                                                                options.budget, (run / "vae.done").exists(),
-                                                                options.distil, options.study, options.only))))
+                                                                options.budget, vae, options.distil, options.study,
+                                                                options.only))))
     (root / "started").write_text(str(time.time()))
     with (root / "logs" / "conductor.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, __file__, "conduct", "--root", str(root)], stdin=subprocess.DEVNULL,
@@ -347,11 +343,11 @@ def main() -> None:
             each.add_argument("--recipe", default=RECIPE)
             each.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
             each.add_argument("--have", type=Path, help="run folder with results to keep: vae, perhaps tokenizer and "
-                                                        "teacher (without it the embedded recipe's autoencoder is "
-                                                        "the one that ships)")
+                                                        "teacher")
             each.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
             each.add_argument("--devices", type=int, default=2)
             each.add_argument("--budget", type=float, default=1500, help="seconds from now until all is packed")
+            each.add_argument("--vae", type=float, help="seconds of them for the autoencoder")
             each.add_argument("--distil", type=float, help="seconds of them for the students")
             each.add_argument("--study", default="", help="train this study's arms instead of students")
             each.add_argument("--only", choices=STUDENTS, default="", help="a student to train alone, on all GPUs")

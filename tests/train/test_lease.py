@@ -25,7 +25,7 @@ def test_plans_leave_time_for_everything(budget):
         assert plan.teacher - plan.vae >= 500
         assert plan.students - plan.teacher >= 400
         assert budget - plan.students >= 70
-    assert lease.Plan.make("recipe.toml", "cuda", 2, budget, have_vae=True).vae == 0
+    assert lease.Plan.make("recipe.toml", "cuda", 2, budget, vae=300).vae == 300
 
 
 def conductor(root: Path) -> "lease.Conductor":
@@ -53,7 +53,7 @@ def test_with_a_teacher_at_hand_the_students_come_first(tmp_path, monkeypatch, t
 
 def test_one_student_alone_has_all_devices(tmp_path, monkeypatch):
     made, ran = conductor(tmp_path), []
-    made.plan = lease.Plan.make("recipe.toml", "cuda", 2, 1600, True, 950, only="binary")
+    made.plan = lease.Plan.make("recipe.toml", "cuda", 2, 1600, 0.0, 950, only="binary")
     monkeypatch.setattr(made, "attempt", lambda name, until, tasks, **_: ran.append((name, tasks)))
     made.folder.joinpath("vae.done").touch()
     made.folder.joinpath("teacher").mkdir()
@@ -67,7 +67,7 @@ def test_one_student_alone_has_all_devices(tmp_path, monkeypatch):
 
 def test_a_study_is_trained_judged_and_packed_without_what_is_large(tmp_path, monkeypatch):
     made, ran = conductor(tmp_path), []
-    made.plan = lease.Plan.make("recipe.toml", "cuda", 1, 1600, True, 950, "study.toml")
+    made.plan = lease.Plan.make("recipe.toml", "cuda", 1, 1600, 0.0, 950, "study.toml")
     assert made.plan.teacher == 1600 - lease.ENDING - 950
     monkeypatch.setattr(made, "attempt", lambda name, *_, **__: ran.append(name) or True)
     made.folder.joinpath("vae.done").touch()

@@ -22,9 +22,9 @@ from linocut.kernels.dispatch import use_kernel
 from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.schedule import Schedule
-from linocut.train.autoencoder import load_vae
+from linocut.train.autoencoder import load_vae, vae_of
 from linocut.train.corpus import make_scenes
-from linocut.train.dataset import LatentBank, make_tokenizer
+from linocut.train.dataset import LatentBank, make_tokenizer, psnr, scene_images
 from linocut.train.export import FOLDERS, quantized
 from linocut.train.monitor import read_lines
 from linocut.train.naming import names_of
@@ -289,3 +289,42 @@ def test_captions_belong_to_their_pictures(trained):
     error = (bank.latents.float() - wanted).square().mean((1, 2))
     assert float(error.max()) < 0.01 * float(wanted.square().mean())
     assert torch.equal(bank.captions.ids[::2].long(), tokenizer.encode([texts[0] for texts in made.captions])[0])
+
+
+@torch.no_grad()
+def test_an_autoencoder_goes_on_from_a_models_and_stays_near_its_latents(trained, tmp_path):
+    """From the weights of the start, also with other groups of channels; what `stay` weighs holds the latents."""
+    renderer, start = SceneRenderer(trained.sprites, trained.recipe.data.size), trained.run / "model"
+    pictures, before = scene_images(trained.recipe, renderer, -7, 8), vae_of(start)
+    moved = {}
+    for name, changes in {"at once": {"steps": 0}, "free": {}, "held": {"stay": 30.0}}.items():
+        settings = replace(trained.recipe.vae, **{"start": str(start), "steps": 12, "lr": 3e-3} | changes)
+        with torch.enable_grad():
+            run_stage("vae", replace(trained.recipe, vae=settings), tmp_path / name, trained.sprites, "cpu")
+        latents = before.normalize(load_vae(trained.recipe, tmp_path / name, CPU).encode(pictures)[0])
+        moved[name] = float((latents - before.latents_from_image(pictures)).square().mean())
+    assert moved["at once"] < 1e-4
+    assert moved["at once"] < moved["held"] < 0.5 * moved["free"]
+    with pytest.raises(UsageError, match=r"set vae\.start"):
+        replace(settings, start="")
+
+
+@torch.no_grad()
+def test_a_decoder_alone_learns_to_draw_from_latents_that_are_known(trained, tmp_path):
+    """With other groups of channels, whose first pictures are worse; encoder and statistics stay what they were."""
+    other = replace(trained.recipe.autoencoder, norm_num_groups=4)
+    renderer, start = SceneRenderer(trained.sprites, trained.recipe.data.size), trained.run / "model"
+    pictures, before, fidelity = scene_images(trained.recipe, renderer, -7, 8), vae_of(start), {}
+    for steps in (0, 30):
+        settings = replace(trained.recipe.vae, start=str(start), steps=steps, lr=2e-3, decoder=True, noise=0.1)
+        recipe, run = replace(trained.recipe, vae=settings, autoencoder=other), tmp_path / str(steps)
+        with torch.enable_grad():
+            run_stage("vae", recipe, run, trained.sprites, "cpu")
+        vae = load_vae(recipe, run, CPU)
+        fidelity[steps] = psnr(vae.image_from_latents(before.latents_from_image(pictures)), pictures)
+        for name, tensor in before.state_dict().items():
+            if name.startswith(("encoder", "quant_conv", "bn")):
+                torch.testing.assert_close(vae.state_dict()[name], tensor)
+    assert fidelity[30] > fidelity[0] + 1
+    with pytest.raises(UsageError, match=r"set vae\.start"):
+        replace(settings, start="")

@@ -66,6 +66,10 @@ class StageSettings:
 class VaeSettings(StageSettings):
     """`crop` pixels a side until `whole_from` of the schedule, whole pictures after; `kl` weighs the prior.
 
+    `start` is a model folder, relative to the recipe's, whose autoencoder the stage goes on from; empty: from nothing.
+    Its `norm_num_groups` may be another one. `stay` weighs the distance from that one's latents, in parts of their
+    variance. With `decoder` the decoder learns alone, to read the latents of `start`, whose statistics stay, disturbed
+    by up to `noise` of their deviation.
     `compile` fuses the network on a GPU; it pays only when the stage runs for many minutes.
     """
 
@@ -73,6 +77,14 @@ class VaeSettings(StageSettings):
     crop: int = 128
     whole_from: float = 0.75
     kl: float = 2e-4
+    start: str = ""
+    stay: float = 0.0
+    decoder: bool = False
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.stay or self.decoder) and not self.start:
+            raise UsageError("vae.stay and vae.decoder need a model folder whose latents to keep: set vae.start")
 
 
 @dataclass(frozen=True)
@@ -213,7 +225,7 @@ class Recipe:
             teacher=section(TeacherSettings, table, "teacher", path),
             path=section(PathSettings, table, "path", path),
             ternary=section(QatSettings, table, "ternary", path), binary=section(QatSettings, table, "binary", path))
-        for name in ("teacher", "ternary", "binary"):
+        for name in ("vae", "teacher", "ternary", "binary"):
             if start := getattr(recipe, name).start:
                 folder = path.parent / start
                 if not folder.is_dir():
