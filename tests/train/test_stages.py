@@ -1,11 +1,13 @@
 """The whole chain at toy size: every stage, what it leaves, and that what ships computes what was trained."""
 
+import copy
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae, vae_of
-from linocut.train.corpus import make_scenes
-from linocut.train.dataset import LatentBank, make_tokenizer, psnr, scene_images
+from linocut.train.corpus import endless, make_scenes
+from linocut.train.dataset import Captions, LatentBank, make_tokenizer, psnr, scene_images
 from linocut.train.export import FOLDERS, quantized
 from linocut.train.monitor import read_lines
 from linocut.train.naming import names_of
@@ -35,6 +37,7 @@ from linocut.train.render import SceneRenderer
 from linocut.train.sheet import split_grid
 from linocut.train.snapshot import Snapshot
 from linocut.train.stages import run_stage
+from linocut.train.teacher import Fresh
 from linocut.train.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -328,3 +331,41 @@ def test_a_decoder_alone_learns_to_draw_from_latents_that_are_known(trained, tmp
     assert fidelity[30] > fidelity[0] + 1
     with pytest.raises(UsageError, match=r"set vae\.start"):
         replace(settings, start="")
+
+
+@torch.no_grad()
+def test_new_scenes_take_the_place_of_the_oldest(trained):
+    """Whole: latents, names and every wording of a row are those of the new scene; the other rows stay."""
+    recipe, run = trained.recipe, trained.run
+    tokenizer, vae = make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU)
+    renderer = SceneRenderer(trained.sprites, recipe.data.size)
+    bank = LatentBank.build(recipe, tokenizer, vae, renderer, 0, CPU)
+    before, scenes = copy.deepcopy((bank.latents, bank.names, bank.captions)), recipe.data.scenes
+    fresh = Fresh(replace(recipe, teacher=replace(recipe.teacher, fresh=scenes // 4)), tokenizer, [bank], 0, 8)
+    assert fresh.every == 4
+    for step in range(8, 11):
+        fresh.renew(step)
+    (expected,) = islice(endless(recipe, 0, scenes, start=2), 1)
+    direct = [text for group in expected.captions for text in group]
+    wanted = Captions.build(tokenizer, direct, CPU)
+    assert torch.equal(bank.captions.ids, wanted.ids)
+    assert torch.equal(bank.captions.lengths, wanted.lengths)
+    assert not torch.equal(bank.captions.ids, before[2].ids)
+    pictures = renderer.draw(renderer.table(expected.placements), renderer.looks(expected.scenes))
+    latents = vae.latents_from_image(pictures).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(bank.latents.float(), latents, rtol=0.05, atol=0.05)
+    bank.oldest, kept = scenes - 2, bank.latents.clone()
+    bank.renew(make_scenes(recipe, 77, 5), tokenizer)  # around the end
+    changed = (bank.latents != kept).flatten(1).any(1).nonzero().flatten().tolist()
+    assert changed == [0, 1, 2, scenes - 2, scenes - 1]
+    assert bank.oldest == 3
+
+
+def test_a_teacher_learns_from_new_scenes_as_it_goes(trained, tmp_path):
+    for done in ("vae", "tokenizer"):
+        shutil.copytree(trained.run / done, tmp_path / done)
+    settings = replace(trained.recipe.teacher, fresh=trained.recipe.data.scenes // 2, steps=4)
+    run_stage("teacher", replace(trained.recipe, teacher=settings), tmp_path, trained.sprites, "cpu")
+    assert (tmp_path / "teacher" / "model.safetensors").is_file()
+    with pytest.raises(UsageError, match="number of scenes per step"):
+        replace(settings, fresh=-1)

@@ -6,7 +6,7 @@ batches and only their latents are kept (a 256-px scene is 32 kB).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linocut.models.autoencoder import Autoencoder, patchify
 from linocut.models.text_encoder import PromptTokenizer
-from linocut.train.corpus import chunks, make_scenes
+from linocut.train.corpus import Scenes, chunks, make_scenes
 from linocut.train.loop import autocast
 from linocut.train.naming import names_of
 from linocut.train.recipe import Recipe
@@ -75,12 +75,14 @@ def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: 
 @dataclass
 class LatentBank:
     """Latents bf16 [M, I, 4C] of pictures, what covers each of their tokens (`names_of`), and the captions of each
-    (`per_scene` wordings, consecutive)."""
+    (`per_scene` wordings, consecutive). `draw` makes the first two of scenes; row `oldest` has been here longest."""
 
     latents: Tensor
     names: Tensor
     captions: Captions
     per_scene: int
+    draw: Callable[[Scenes], tuple[Tensor, Tensor]]
+    oldest: int = 0
 
     @classmethod
     def build(cls, recipe: Recipe, tokenizer: PromptTokenizer, vae: Autoencoder, renderer: SceneRenderer, rank: int,
@@ -88,26 +90,41 @@ class LatentBank:
         """Make `count` scenes (`recipe.data.scenes`) of the renderer's shape: draw, encode, keep. Another `rank` makes
         other scenes."""
         count, side = count or recipe.data.scenes, recipe.token_side
-        shape = count, renderer.height // side * (renderer.width // side), recipe.transformer.in_channels
-        latents = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        names = torch.empty(*shape[:2], 2, dtype=torch.int16, device=device)
-        done = 0
+        tokens = renderer.height // side * (renderer.width // side)
 
-        def draw() -> Iterator[str]:  # the device draws and encodes while the captions of a chunk are cut into tokens
-            nonlocal done
+        def draw(part: Scenes) -> tuple[Tensor, Tensor]:
+            table, looks, size = renderer.table(part.placements), renderer.looks(part.scenes), len(part.scenes)
+            latents = torch.empty(size, tokens, recipe.transformer.in_channels, dtype=torch.bfloat16, device=device)
+            names = torch.empty(size, tokens, 2, dtype=torch.int16, device=device)
+            alike = sorted(range(size), key=lambda index: len(part.placements[index]))
+            for rows in torch.tensor(alike, device=device).split(256):
+                image = renderer.draw(table[rows], looks[rows])
+                with torch.no_grad(), autocast(device):
+                    z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
+                latents[rows] = z.flatten(2).transpose(1, 2).to(latents.dtype)
+                names[rows] = names_of(renderer, table[rows], side)
+            return latents, names
+
+        drawn: list[tuple[Tensor, Tensor]] = []
+
+        def texts() -> Iterator[str]:  # the device draws and encodes while the captions of a chunk are cut into tokens
             for part in chunks(recipe, rank, count):
-                table, looks = renderer.table(part.placements), renderer.looks(part.scenes)
-                alike = sorted(range(len(part.scenes)), key=lambda index: len(part.placements[index]))
-                for rows in torch.tensor(alike, device=device).split(256):
-                    image = renderer.draw(table[rows], looks[rows])
-                    with torch.no_grad(), autocast(device):
-                        z = vae.latents_from_image(image.to(memory_format=torch.channels_last))
-                    latents[done + rows] = z.flatten(2).transpose(1, 2).to(latents.dtype)
-                    names[done + rows] = names_of(renderer, table[rows], side)
-                done += len(part.scenes)
+                drawn.append(draw(part))
                 yield from (text for group in part.captions for text in group)
 
-        return cls(latents, names, Captions.build(tokenizer, draw(), device), recipe.data.captions)
+        captions = Captions.build(tokenizer, texts(), device)
+        latents, names = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return cls(latents, names, captions, recipe.data.captions, draw)
+
+    def renew(self, part: Scenes, tokenizer: PromptTokenizer) -> None:
+        """Put scenes, no more than there are, in the place of the oldest."""
+        device = self.latents.device
+        rows = (self.oldest + torch.arange(len(part.scenes), device=device)) % len(self.latents)
+        self.latents[rows], self.names[rows] = self.draw(part)
+        fresh = Captions.build(tokenizer, (text for group in part.captions for text in group), device)
+        wordings = (rows[:, None] * self.per_scene + torch.arange(self.per_scene, device=device)).flatten()
+        self.captions.ids[wordings], self.captions.lengths[wordings] = fresh.ids, fresh.lengths
+        self.oldest = (self.oldest + len(rows)) % len(self.latents)
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A random batch: latents float32 [B, I, 4C], names [B, I, 2], ids and mask of one wording each."""

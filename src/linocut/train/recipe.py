@@ -93,7 +93,8 @@ class TeacherSettings(StageSettings):
     A share `pixels` of what a latent channel counts goes by how much it shows in the picture (`visibility`).
     `start` is a model folder, relative to the recipe's, whose weights the teacher begins with; empty: from nothing.
     With `keep_text` its text encoder and tokenizer stay as they are, and students of either encoding can take the place
-    of those in that folder one by one."""
+    of those in that folder one by one. At every step, `fresh` new scenes (on average) take the place of the oldest that
+    each process learns from: scenes that come again and again are learned by heart."""
 
     muon: bool = True
     weight_decay: float = 0.01
@@ -101,9 +102,12 @@ class TeacherSettings(StageSettings):
     pixels: float = 0.0
     start: str = ""
     keep_text: bool = False
+    fresh: int = 0
 
     def __post_init__(self) -> None:
         _check_share("pixels", self.pixels)
+        if self.fresh < 0:
+            raise UsageError(f"teacher.fresh is a number of scenes per step, found {self.fresh}")
         if self.keep_text and not self.start:
             raise UsageError("teacher.keep_text needs a model folder whose text encoder to keep: set teacher.start")
 

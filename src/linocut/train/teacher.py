@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from linocut.models.autoencoder import Autoencoder
 from linocut.models.flux2 import image_position_ids
+from linocut.models.text_encoder import PromptTokenizer
 from linocut.train.autoencoder import load_vae, save_grid
+from linocut.train.corpus import CHUNK, endless
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer
 from linocut.train.guidance import Teacher
 from linocut.train.loop import Ranks, Schedule, autocast
@@ -53,8 +56,11 @@ def train_teacher(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> Non
         painter.compile_blocks(device)
         torch.manual_seed(recipe.data.seed + 3 + ranks.rank + schedule.step * ranks.world)
         channels = _channels(recipe, vae, banks[0], ranks)
+        fresh = Fresh(recipe, tokenizer, banks, ranks.rank, schedule.step) if settings.fresh else None
     mean: Tensor | None = None
     for step in schedule:
+        if fresh is not None:
+            fresh.renew(step)
         turn = step % len(banks)
         latents, names, ids, mask = banks[turn].sample(settings.batch)
         noise, sigma = torch.randn_like(latents), training_sigmas(recipe, settings.batch, device)
@@ -101,6 +107,22 @@ def _banks(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks, vae: Autoenco
         count = sum(len(bank.latents) for bank in made.values())
         print(f"  {count} scenes a process, latent deviation {deviation:.2f}", flush=True)
     return [made[grid] for grid in grids]
+
+
+class Fresh:
+    """New scenes in the place of the oldest of `banks`, which take turns: `teacher.fresh` per step on average."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PromptTokenizer, banks: Sequence[LatentBank], rank: int,
+                 step: int) -> None:
+        size = min(CHUNK, *(len(bank.latents) for bank in banks))
+        self.banks, self.tokenizer, self.every = banks, tokenizer, max(1, round(size / recipe.teacher.fresh))
+        self.supply = endless(recipe, rank, size, -(-step // self.every))
+
+    def renew(self, step: int) -> None:
+        """What is due before a step."""
+        number, rest = divmod(step, self.every)
+        if not rest:
+            self.banks[number % len(self.banks)].renew(next(self.supply), self.tokenizer)
 
 
 def _channels(recipe: Recipe, vae: Autoencoder, bank: LatentBank, ranks: Ranks) -> Tensor:
