@@ -25,7 +25,7 @@ from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae, vae_of
-from linocut.train.corpus import endless, make_scenes
+from linocut.train.corpus import Scenes, endless, make_scenes
 from linocut.train.dataset import Captions, LatentBank, make_tokenizer, psnr, scene_images
 from linocut.train.export import FOLDERS, quantized
 from linocut.train.monitor import read_lines
@@ -361,11 +361,19 @@ def test_new_scenes_take_the_place_of_the_oldest(trained):
     assert bank.oldest == 3
 
 
-def test_a_teacher_learns_from_new_scenes_as_it_goes(trained, tmp_path):
+def test_a_teacher_learns_from_new_scenes_as_it_goes(trained, tmp_path, monkeypatch):
+    renewed, renew = [], LatentBank.renew
+
+    def counted(bank: LatentBank, part: Scenes, *rest: object) -> None:
+        renewed.append(len(part.scenes))
+        renew(bank, part, *rest)
+
+    monkeypatch.setattr(LatentBank, "renew", counted)
     for done in ("vae", "tokenizer"):
         shutil.copytree(trained.run / done, tmp_path / done)
     settings = replace(trained.recipe.teacher, fresh=trained.recipe.data.scenes // 2, steps=4)
     run_stage("teacher", replace(trained.recipe, teacher=settings), tmp_path, trained.sprites, "cpu")
     assert (tmp_path / "teacher" / "model.safetensors").is_file()
+    assert renewed == [trained.recipe.data.scenes] * 2  # at steps 0 and 2 of 4
     with pytest.raises(UsageError, match="number of scenes per step"):
         replace(settings, fresh=-1)

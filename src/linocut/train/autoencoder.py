@@ -56,6 +56,8 @@ def train_vae(recipe: Recipe, run: Path, sprites: Path, ranks: Ranks) -> None:
     if settings.decoder:
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
+        if vae.post_quant_conv is not None:  # the decoder's first step
+            vae.post_quant_conv.requires_grad_(True)
     learned = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, settings.lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=device.type == "cuda")
