@@ -6,7 +6,6 @@ not begin anew; or only its decoder learns, to draw better from the latents that
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linocut.formats.checkpoint import Checkpoint
+from linocut.formats.folder import ModelFolder
 from linocut.formats.writer import atomic_write_bytes
 from linocut.models.autoencoder import Autoencoder, PreviewMap, fit_preview
 from linocut.models.configs import AutoencoderConfig
-from linocut.models.convert import tensor_from
+from linocut.models.convert import build_and_load
 from linocut.train.corpus import make_scenes
 from linocut.train.dataset import measure_latents, psnr, scene_images
 from linocut.train.loop import Ranks, Schedule, autocast
@@ -189,9 +188,11 @@ def load_vae(recipe: Recipe, run: Path, device: torch.device) -> Autoencoder:
 
 def vae_of(folder: Path) -> Autoencoder:
     """The autoencoder of a model folder. Raises FormatError where there is none."""
-    with Checkpoint.open(folder / "vae") as checkpoint:
-        vae = Autoencoder(AutoencoderConfig.from_dict(json.loads((folder / "vae" / "config.json").read_text("utf-8"))))
-        vae.load_state_dict({name: tensor_from(checkpoint, name).clone() for name in checkpoint})
+    opened = ModelFolder(folder, folder.name)
+    with opened.checkpoint("vae") as checkpoint:
+        vae = build_and_load(Autoencoder, AutoencoderConfig.from_dict(opened.config("vae")), checkpoint, torch.float32)
+        # The file closes: nothing may go on pointing into it.
+        vae.load_state_dict({name: value.clone() for name, value in vae.state_dict().items()}, assign=True)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     return vae.eval()
 
