@@ -118,6 +118,18 @@ def test_the_pipeline_draws_what_linocut_draws(packed_model):
     assert_same(their_latents(pipe, pipeline_arguments(packed_model)), our_latents(packed_model))
 
 
+def test_a_guided_model_is_guided_there_too(packed_model, tmp_path):
+    model = shutil.copytree(packed_model, tmp_path / "guided")
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"is_distilled": False, "linocut": index["linocut"] | {"default_guidance": 2.5}}
+    (model / "model_index.json").write_text(json.dumps(index))
+    arguments = pipeline_arguments(model)
+    assert arguments["guidance_scale"] == 2.5
+    ours = our_latents(model)
+    assert_same(their_latents(Flux2KleinPipeline.from_pretrained(model, dtype=torch.float32), arguments), ours)
+    assert not torch.allclose(ours[0], our_latents(packed_model)[0], atol=1e-3)
+
+
 def test_scales_survive_another_dtype(packed_model):
     pipe = Flux2KleinPipeline.from_pretrained(packed_model, dtype=torch.bfloat16)
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.bfloat16

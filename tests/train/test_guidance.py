@@ -8,13 +8,17 @@ import pytest
 import torch
 from tiny_recipe import write_recipe
 
+from linocut import Pipeline
 from linocut.errors import UsageError
+from linocut.models.autoencoder import Autoencoder, PreviewMap
 from linocut.train.dataset import Captions
-from linocut.train.export import model_index
+from linocut.train.export import export_teacher, model_index
 from linocut.train.guidance import Guided, Teacher
 from linocut.train.painter import Painter, grid_levels
 from linocut.train.recipe import PathSettings, Recipe
-from linocut.train.tokenizer import train_tokenizer
+from linocut.train.teacher import held_out_latents
+from linocut.train.tokenizer import save_tokenizer, train_tokenizer
+from linocut.train.weights import save_weights
 
 SCALE = 1.75
 
@@ -84,6 +88,30 @@ def test_a_guided_teacher_is_exported_as_one(recipe):
     student = model_index(recipe)
     assert student["is_distilled"] is True
     assert "default_guidance" not in student["linocut"]
+
+
+def test_an_exported_teacher_draws_what_its_students_saw(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # float32, as pipelines draw
+    recipe = replace(recipe, path=replace(recipe.path, guidance=8.0))
+    run, tokenizer = tmp_path / "run", recipe_tokenizer(recipe)
+    torch.manual_seed(0)
+    painter, vae = Painter(recipe).eval().requires_grad_(False), Autoencoder(recipe.autoencoder)
+    for value in painter.transformer.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    painter.save(run / "teacher")
+    save_tokenizer(tokenizer.tokenizer, run / "tokenizer")
+    vae.preview = PreviewMap(recipe.autoencoder.latent_channels)
+    save_weights(run / "vae", vae.state_dict())
+    export_teacher(recipe, run, tmp_path / "model")
+    kept: list[torch.Tensor] = []
+    Pipeline.from_pretrained(tmp_path / "model", prompt_cache=False)(
+        "a red fox", seed=0, num_inference_steps=recipe.path.grid,
+        callback_on_step_end=lambda _, i, sigma, state: kept.append(state["latents"]))
+    captions = Captions.build(tokenizer, ["a red fox"], torch.device("cpu"))
+    teacher = Teacher(recipe, painter, tokenizer)
+    seen, unguided = (held_out_latents(recipe, each, captions) for each in (teacher, painter))
+    difference = float((kept[-1] - seen).norm() / (unguided - seen).norm())
+    assert difference < 0.02  # of the float16 in the folder
 
 
 def test_guidance_that_no_model_folder_can_say_is_refused():

@@ -196,8 +196,9 @@ def _lines(report: dict[str, Any], verify: bool) -> list[str]:
     if "settings" in report:
         settings = report["settings"]
         width, height = settings["default_size"]
+        guided = f"not distilled: guidance {settings['default_guidance']:g}"
         lines.append(f"  {width}x{height} px, {settings['default_steps']} steps, {settings['text_length']} text "
-                     f"tokens, {'distilled' if settings['is_distilled'] else 'not distilled'}")
+                     f"tokens, {'distilled' if settings['is_distilled'] else guided}")
     for name, part in report["components"].items():
         lines += ["", f"{printable(name)}: {', '.join(printable(file) for file in part['files'])}"]
         rows = [(kind, f"{total['tensors']:,} {'layers' if total['packed'] else 'tensors'}", f"{total['weights']:,}",

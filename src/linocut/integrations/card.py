@@ -147,9 +147,10 @@ def _about(facts: Facts, repository: str) -> str:
     kind = " and ".join(facts.encodings) or "dense"
     base = f" made from [{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
     width, height = facts.settings["default_size"]
+    guidance = facts.settings["default_guidance"]
     return (f"# {repository.partition('/')[2]}\n\nA text-to-image model with {kind} weights{base}: FLUX.2's "
             f"architecture, {width}x{height} pixels in {facts.settings['default_steps']} steps"
-            f"{'' if facts.settings['is_distilled'] else ', not distilled'}.\n")
+            f"{'' if facts.settings['is_distilled'] else f', not distilled (guidance {guidance:g})'}.\n")
 
 
 def _contents(facts: Facts) -> str:

@@ -62,9 +62,8 @@ def pipeline_arguments(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     width, height = settings["default_size"]
     arguments = {"width": width, "height": height, "max_sequence_length": settings["text_length"],
                  "text_encoder_out_layers": tuple(settings["text_taps"])}
-    if settings["is_distilled"]:
-        arguments |= {"num_inference_steps": settings["default_steps"], "guidance_scale": 1.0}
-    return arguments
+    return arguments | {"num_inference_steps": settings["default_steps"],
+                        "guidance_scale": 1.0 if settings["is_distilled"] else settings["default_guidance"]}
 
 
 class LinocutQuantizer(DiffusersQuantizer):  # type: ignore[misc, valid-type]
