@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ from linocut.train.corpus import make_scenes
 from linocut.train.palette import BACKGROUNDS, COLOURS, WALLS, colour
 from linocut.train.prompts import GENEVAL_TASKS, sample_prompts
 from linocut.train.recipe import Recipe
-from linocut.train.scenes import LIGHT, RELATIONS, Group, Scene, pair_split, sample_scene, split_of
-from linocut.train.vocabulary import objects, plural_of
-from linocut.train.wording import NUMBERS
+from linocut.train.scenes import LIGHT, RELATIONS, TASKS, Group, Scene, pair_split, sample_scene, split_of
+from linocut.train.vocabulary import objects, plural_of, pluralize
+from linocut.train.wording import COMMANDS, NUMBERS
 
 SEEDS = st.integers(0, 2**32)
 INDEX = {thing.name: index for index, thing in enumerate(objects())}
-ARTICLES = {"a", "an", "the", "this", "some", "one", "just", "exactly", "only"}
+AN = re.compile(r"(?!unicorn|ufo|one\b|ewe)[aeiou]|hourglass|suv|x ")  # what is said with "an"
+PLURALS = r"scissors|skis|grapes|french fries|chips|jeans|trousers|socks|sunglasses|spectacles|lips|bricks|scales|peas"
 
 
 def recipe() -> Recipe:
@@ -43,7 +45,7 @@ def test_noun_phrases(seed, thing, count, tint):
     assert any(name in phrase for name in every_name(objects()[thing]))
     first, *rest = phrase.split()
     if first in ("a", "an") and phrase.split()[1:2] != ["single"] and " of " not in phrase:
-        assert (first == "an") == (rest[0][0] in "aeiou" and not rest[0].startswith(("unicorn", "ufo", "one")))
+        assert (first == "an") == (bool(AN.match(" ".join(rest)))), phrase
     if count > 1:
         said = {NUMBERS[count], str(count), *({"pair", "couple"} if count == 2 else {"dozen"} if count == 6 else ())}
         assert said & set(phrase.split()[:5]), phrase
@@ -87,7 +89,8 @@ def test_captions_say_the_relation_the_right_way_round(relation):
     keys = re.compile(r"\b(" + "|".join(meaning) + r")\b")
     for seed in range(600):
         rng = random.Random(seed)
-        text = module._related(relation, rng).replace("{is}", "is").replace("{0}", "snail").replace("{1}", "rooster")
+        text = module._related(relation, rng).replace("{is}", "is").replace("{it}", "it")
+        text = text.replace("{0}", "snail").replace("{1}", "rooster")
         snail, rooster = text.index("snail"), text.index("rooster")
         found = [(match.start(), match[1]) for match in keys.finditer(text)
                  if not re.match(r"right (above|below)", text[match.start():])]
@@ -186,6 +189,139 @@ def test_fill_agrees_in_number():
         assert re.search(r"(snail|Snail|SNAIL)[a-z ]* (is|IS) ", fill("{0} {is} above {1}", one, random.Random(seed)))
         assert re.search(r"(snails|SNAILS).* (are|ARE) ", fill("{0} {is} above {1}", many, random.Random(seed)))
     assert " are " in fill("below {1} {is} {0}", many, random.Random(0)).lower()
+
+
+# English -------------------------------------------------------------------------------------------------------------
+
+@cache
+def many_captions(*tasks: str) -> tuple[str, ...]:
+    """Two thousand captions of each task, lower case, without fillers; the same ones every time."""
+    rng, found = random.Random(1), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NONSENSE_RATE", 0.0)
+        patch.setattr(module, "_FILLER_RATE", 0.0)
+        for task in tasks or TASKS:
+            for _ in range(2000):
+                found += sample_captions(sample_scene(rng, task), rng, 1)
+    return tuple(text.lower() for text in found)
+
+
+def filled(template: str, *groups: Group, count: int = 40) -> list[str]:
+    return [fill(template, Scene("mixed", groups), random.Random(seed)).lower() for seed in range(count)]
+
+
+def breaches(pattern: str, texts) -> list[str]:
+    return [text for text in texts if re.search(pattern, text)]
+
+
+SNAIL, SNAILS, FOX, FOXES, SCISSORS = (Group(INDEX[name], count) for name, count in (
+    ("snail", 1), ("snail", 3), ("fox", 1), ("fox", 2), ("scissors", 1)))
+
+
+@pytest.mark.parametrize(("template", "one", "many"), [
+    ("{0} with {1} next to {it}", r" it\b", r" them\b"), ("{0} and {1} left of {it}", r" it\b", r" them\b"),
+    ("{0} {meets} {1}", r" meets ", r" meet "), ("{0} on {its} own", r" its own", r" their own"),
+    ("{0} by {itself}", r" itself", r" themselves"), ("{this} {0} and {1}", r"^this is ", r"^these are "),
+    ("here {is} {0}", r"^here is ", r"^here are "), ("{0}, but make {it} red", r" it red", r" them red")])
+def test_pronouns_and_verbs_agree_with_the_first_group(template, one, many):
+    for other in (FOX, FOXES) if "{1}" in template else (FOX,):
+        assert not [text for text in filled(template, SNAIL, other) if not re.search(one, text)]
+        assert not [text for text in filled(template, SNAILS, other) if not re.search(many, text)]
+
+
+def test_friends_agree_with_both_groups():
+    for first, its in ((SNAIL, "its"), (SNAILS, "their")):
+        for second, friend in ((FOX, "friend"), (FOXES, "friends")):
+            for text in filled("{0} and {its} {friend}, {1}", first, second):
+                assert f" and {its} {friend}, " in text
+    assert breaches(r"\band its friend, ", many_captions("two_object"))
+    assert breaches(r" meets ", many_captions("two_object"))
+
+
+def test_the_pronoun_of_the_other_group_is_its_own():
+    """After renaming, {it} still means the group that is named first."""
+    for text in filled("{1} with {0} next to {it}", SNAIL, FOXES):
+        assert re.search(r"foxes.* next to them", text)
+    assert not breaches(r"^(two|three|2|3) [a-z ]* (with|and) [a-z ]+ (of|under|over|above|below|next to) it\b",
+                        many_captions())
+
+
+def test_nobody_is_a_photo_of_a_sentence():
+    assert not breaches(r"\b(photo|picture|image|drawing|painting|with|draw) (of )?[^,]* meets? ", many_captions())
+
+
+def test_articles_fit_the_sound():
+    texts = many_captions()
+    assert not breaches(r"\ba (?:hour|suv|x |orange|egg|owl|umbrella|onion|apple|ant)", texts)
+    assert not breaches(r"\ban (?:ewe|unicorn|ufo|house|horse|hat|hippo|one )", texts)
+    assert breaches(r"\ban hourglass", filled("{0}", Group(INDEX["hourglass"])))
+
+
+def test_plurals_and_masses_have_no_singular_article():
+    texts = [re.sub(r"\b(pair|bunch|pile|bucket)s? of [a-z]+", "pair", text) for text in many_captions()]
+    assert not breaches(rf"\b(a|an|one|a single|this|some kind of) ([a-z]+ )?({PLURALS})\b", texts)
+    masses = {"bread", "rice", "honey", "soap", "butter", "bacon", "toilet paper", "sushi"}
+    assert not breaches(rf"\b(a|one|a single) ({'|'.join(masses)})$", texts)
+    assert not [text for mass in ("bread", "corn", "soap") for text in filled("{0}", Group(INDEX[mass]), count=200)
+                if re.match(rf"(a|one|a single) {mass}\b", text)]
+
+
+def test_pairs_are_counted_as_pairs():
+    texts = many_captions()
+    assert not breaches(r"\b(two|three|four|five|six|[2-6]|dozen|some) pair of", texts)
+    assert not breaches(r"\bpairs? of (?:[a-z]+ )?pairs? of|\ba couple of pair", texts)
+    two = [text for name in ("scissors", "jeans") for text in filled("{0}", Group(INDEX[name], 2), count=200)]
+    assert breaches(r"\btwo pairs of ", two)
+    assert not breaches(r"\ba pair of ", two)  # that is one
+
+
+def test_a_thing_is_not_counted_by_its_parts():
+    for name, part in (("mouth", "lips"), ("pea pod", "peas")):
+        assert not breaches(rf"\b{part}\b", filled("{0}", Group(INDEX[name], 2), count=200))
+
+
+def test_wishes_are_verbs_only_after_verbs():
+    texts = many_captions("colors", "counting")
+    wishes = breaches(r" and make (it|them) ", texts)
+    assert wishes
+    assert not [text for text in wishes if not re.search(rf"(^|, )({'|'.join(COMMANDS)}) ", text)]
+    assert not breaches(r"\bplease\b.*\bplease\b", texts)
+
+
+def test_a_wish_contradicts_no_colour_in_the_name():
+    red = list(COLOURS).index("red")
+    for name, word in (("cherry blossom", "pink"), ("leaf", "green"), ("orange", "orange"), ("bear", "brown")):
+        assert not breaches(rf"\b{word}\b", filled("{0}, but make {it} {c}", Group(INDEX[name], 1, red), count=100))
+
+
+def test_endings_neither_repeat_nor_contradict():
+    texts = many_captions()
+    rivals = ("please|thanks|thank you|if you can", "simple|minimalistic|detailed|highly detailed|4k",
+              "3d render|emoji style|clip art|cartoon style|realistic|professional photo|vector art", "cute|beautiful")
+    for words in rivals:
+        assert not breaches(rf", (?:{words})(?:, [^,]*)?,? (?:{words})[!.]*$", texts)
+    assert not breaches(r"\bplease\b.*\bplease\b|nothing else.*nothing else|thank.*(?:for my|please)", texts)
+    assert breaches(r", (?:cute|4k|glossy),? please", texts)
+
+
+def test_verbs_of_place_are_followed_by_a_place():
+    texts = many_captions()
+    assert breaches(r" located in ", texts)
+    assert not breaches(r"\b(placed|shown|seen|located)([,.!?]|$| standing| sitting)", texts)
+
+
+def test_sentences_have_articles():
+    bare = filled("there {is} {0}", SNAIL, count=300)
+    assert not [text for text in bare if not re.match(r"there is (an?|one|the|this|some) ", text)]
+    assert breaches(r"^snail", filled("{0}", SNAIL, count=300))  # elsewhere people leave them out
+
+
+@pytest.mark.parametrize(("noun", "plural"), [
+    ("nest full of eggs", "nests full of eggs"), ("running person", "running people"), ("trousers", "trousers"),
+    ("super hero", "super heroes"), ("nut and bolt", "nuts and bolts"), ("sheaf of rice", "sheaves of rice"),
+    ("rhinoceros", "rhinoceroses"), ("pair of jeans", "pairs of jeans"), ("bus", "buses"), ("dress", "dresses")])
+def test_plurals_of_odd_nouns(noun, plural):
+    assert pluralize(noun) == plural
 
 
 # Prompts for judging --------------------------------------------------------------------------------------------------

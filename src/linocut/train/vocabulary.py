@@ -10,7 +10,9 @@ from linocut.train.palette import RGB
 
 FILES = ("geneval", "animals", "plants", "food", "travel", "things", "people")
 COMMON_WEIGHT = 3.0  # how much more often a common thing is drawn than a rare one
-_PEOPLE_OF_ONE = ("one", "uni", "use", "ufo", "euro", "ukulele")  # said with "a" although they begin with a vowel
+_SAID_WITH_A = ("one", "uni", "use", "ufo", "euro", "ukulele", "ewe")  # although they begin with a vowel
+_SAID_WITH_AN = ("hour", "suv", "x ", "x-")  # although they begin with a consonant
+_SINGULAR = ("ss", "us", "ceros", "ananas", "christmas", "holmes", "biceps")  # ends of what is no plural
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,39 @@ class ObjectName:
 
 def pluralize(noun: str) -> str:
     """The regular English plural of a noun phrase (its last word, or the one before "of")."""
-    for link in (" of ", " with ", " and "):
-        if link in noun:
-            head, _, tail = noun.partition(link)
-            return f"{pluralize(head)}{link}{tail}"
+    if noun.endswith("nut and bolt"):
+        return f"{pluralize(noun.removesuffix(' and bolt'))} and bolts"
+    head, rest = _parted(noun)
+    if rest:
+        return pluralize(head) + rest
+    if is_plural(noun):
+        return noun
+    if noun.endswith("person"):
+        return noun.removesuffix("person") + "people"
     if noun.endswith("man") and not noun.endswith("human"):
         return noun[:-3] + "men"
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
-    if noun.endswith(("knife", "loaf", "leaf", "wolf")):
+    if noun.endswith(("knife", "loaf", "eaf", "wolf")):
         return noun.removesuffix("e")[:-1] + "ves"
-    return noun + ("es" if noun.endswith(("tomato", "potato")) else "s")
+    return noun + ("es" if noun.endswith(("tomato", "potato", "hero")) else "s")
+
+
+def is_plural(noun: str) -> bool:
+    """Whether a noun is a plural already ("scissors", but not "pair of scissors")."""
+    head, _ = _parted(noun)
+    return head.endswith("s") and not head.endswith(_SINGULAR)
+
+
+def _parted(noun: str) -> tuple[str, str]:
+    """The part of a noun phrase that takes the plural, and what comes after it."""
+    for link in (" full of ", " of ", " with ", " and "):
+        head, found, tail = noun.partition(link)
+        if found:
+            return head, found + tail
+    return noun, ""
 
 
 def plural_of(thing: ObjectName, noun: str) -> str:
@@ -69,7 +91,8 @@ def every_name(thing: ObjectName) -> list[str]:
 
 def article(words: str) -> str:
     """"a" or "an", by the sound that the words begin with."""
-    return "an" if words[0] in "aeiou" and not words.startswith(_PEOPLE_OF_ONE) else "a"
+    vowel = words[0] in "aeiou" and not words.startswith(_SAID_WITH_A)
+    return "an" if vowel or words.startswith(_SAID_WITH_AN) else "a"
 
 
 @cache

@@ -1,7 +1,8 @@
 """What people say around the things of a scene: the phrases that captions are put together from, with their weights.
 
-{x} stands for the scene, {0}, {1} and {2} for its groups, {is} for "is" or "are" after group 0. Nothing here changes
-the picture but RELATION_WORDS, PLACED, SIZE_WORDS, SPOT_WORDS, STYLE_FRAMES and the numbers.
+{x} stands for the scene, {0}, {1} and {2} for its groups, {is}, {it} and the like for words that agree
+with one of them in number. Nothing here changes the picture but RELATION_WORDS, PLACED, SIZE_WORDS, SPOT_WORDS,
+STYLE_FRAMES and the numbers.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 EXACT = ("exactly", "just", "only")
 TWO, SIX = ("a pair of", "a couple of"), ("half a dozen",)
-ONE = ("one", "a single", "the", "this", "some kind of")
+UNCOUNTED = ("the", "this", "some kind of")  # what can stand before "bread"
+ONE = ("one", "a single", *UNCOUNTED)
+# Words in the singular and the plural: of the group that comes next, if one does at once, else of the first group.
+WITH_NEXT = {"is": ("is", "are"), "this": ("this is", "these are"), "friend": ("friend", "friends")}
+WITH_FIRST = {"it": ("it", "them"), "its": ("its", "their"), "itself": ("itself", "themselves"),
+              "meets": ("meets", "meet")}
 COLLECTIONS = ("a group of", "a set of", "a collection of", "a total of")
 COLOUR_AFTER = ("{n} in {c}", "{n} that {is} {c}", "{n} which {is} {c}", "{n} colored {c}", "{n} painted {c}",
                 "{n} of {c} color")
-# The colour {c} of what is asked for alone, said after it; {it} is "it" or "them".
-COLOUR_WISHES = ("{0}, but make {it} {c}", "{0} but {c}", "{0}, but {c}", "{0}, make {it} {c}", "{0} and make {it} {c}",
-                 "{0}, but in {c}", "{0}, and I want {it} {c}", "{0}, only {c}", "{0}, painted {c}", "{0}, all {c}",
+# The colour {c} of what is asked for alone, said after it. {do} is one of COMMANDS, which "and make it" needs.
+COLOUR_WISHES = ("{0}, but make {it} {c}", "{0} but {c}", "{0}, but {c}", "{0}, make {it} {c}",
+                 "{do} {0} and make {it} {c}", "{0}, but in {c}", "{0}, and I want {it} {c}", "{0}, only {c}",
+                 "{0}, painted {c}", "{0}, all {c}",
                  "{0}, but I want {it} in {c}", "{0}, please make {it} {c}", "{0}, in {c}")
 COLOUR_BEFORE = ("{c} colored {n}", "{c}-colored {n}", "{c} coloured {n}")
 SIZE_WORDS = {"big": ("big", "large", "huge", "giant", "enormous", "very big"),
@@ -33,19 +40,21 @@ FILLERS = (
 )
 VERBS = ("sitting", "standing", "lying", "resting", "waiting", "placed", "shown", "seen", "located", "floating",
          "sleeping", "dancing", "playing", "swimming", "hiding", "smiling", "hanging", "jumping", "flying", "working")
+PLACE_VERBS = ("placed", "shown", "seen", "located")  # those of VERBS that need a place after them
 
 JOINS = {
     "{0} and {1}": 60, "{0} with {1}": 8, "{0}, {1}": 7, "{0} & {1}": 3, "{0} together with {1}": 4,
     "{0} as well as {1}": 3, "{0} plus {1}": 3, "{0} along with {1}": 3, "{0} and also {1}": 2, "both {0} and {1}": 2,
     "{0}, and {1}": 2, "{0} and {1} together": 2, "{0} + {1}": 1, "{0} {1}": 1, "{0} accompanied by {1}": 1,
-    "{0} playing with {1}": 1, "{0} dancing with {1}": 1, "{0} looking at {1}": 1, "{0} and its friend, {1}": 1,
-    "{0} meets {1}": 1, "{0} talking to {1}": 1,
+    "{0} playing with {1}": 1, "{0} dancing with {1}": 1, "{0} looking at {1}": 1, "{0} and {its} {friend}, {1}": 1,
+    "{0} {meets} {1}": 1, "{0} talking to {1}": 1,
 }
 JOINS_3 = {"{0}, {1} and {2}": 40, "{0}, {1}, and {2}": 25, "{0}, {1}, {2}": 12, "{0} and {1} and {2}": 8,
            "{0} with {1} and {2}": 8, "{0}, {1} plus {2}": 4, "{0} and {1} with {2}": 3}
 NEXT_TO = {"{0} next to {1}": 30, "{0} beside {1}": 20, "{0} by {1}": 6, "{0} near {1}": 8, "{0} close to {1}": 4,
            "{0} and {1} side by side": 10, "{0} and {1} next to each other": 6, "next to {1} {is} {0}": 3,
-           "{0} right next to {1}": 4, "{0} alongside {1}": 3, "{1} with {0} next to it": 4, "{0} {is} next to {1}": 4}
+           "{0} right next to {1}": 4, "{0} alongside {1}": 3, "{1} with {0} next to {it}": 4,
+           "{0} {is} next to {1}": 4}
 BETWEEN = {"{0} between {1} and {2}": 50, "{0} in between {1} and {2}": 12, "{1} and {2} with {0} between them": 14,
            "between {1} and {2} {is} {0}": 8, "{0} {is} between {1} and {2}": 10, "{0} surrounded by {1} and {2}": 4}
 # Of "{0} <words> {1}".
@@ -71,8 +80,8 @@ PLACED = {
 }
 RELATED = {  # {r} relation words, {o} those of the opposite, {p} and {q} the places of group 0 and group 1
     "{0} {r} {1}": 44, "{1} {o} {0}": 16, "{0} {is} {r} {1}": 8, "{0} {p} and {1} {q}": 6, "{p} {0}, {q} {1}": 3,
-    "{0} {p}, {1} {q}": 3, "{r} {1} {is} {0}": 5, "{r} {1} there {is} {0}": 3, "{1} with {0} {r} it": 5,
-    "{0} positioned {r} {1}": 2, "{0} located {r} {1}": 2, "{0} placed {r} {1}": 2, "{1} and {0} {r} it": 2,
+    "{0} {p}, {1} {q}": 3, "{r} {1} {is} {0}": 5, "{r} {1} there {is} {0}": 3, "{1} with {0} {r} {it}": 5,
+    "{0} positioned {r} {1}": 2, "{0} located {r} {1}": 2, "{0} placed {r} {1}": 2, "{1} and {0} {r} {it}": 2,
 }
 SPOT_WORDS = {
     "top left": ("in the top left corner", "in the upper left corner", "at the top left", "top left"),
@@ -91,7 +100,7 @@ WALL_PHRASES = ("on a {c} background", "with a {c} background", "in front of a {
 STYLE_FRAMES = {
     "black and white": ("a black and white photo of {x}", "{x} in black and white", "{x}, black and white",
                         "a grayscale picture of {x}", "a monochrome image of {x}", "{x}, grayscale",
-                        "black and white {x}", "{x}, monochrome"),
+                        "black and white picture of {x}", "{x}, monochrome"),
     "pixel art": ("pixel art of {x}", "{x}, pixel art", "{x} in pixel art style", "a pixel art picture of {x}",
                   "a pixelated image of {x}", "{x} as pixel art", "8-bit pixel art of {x}", "{x}, pixel art style"),
 }
@@ -107,9 +116,10 @@ _ASK = ("draw", "show me", "please draw", "draw me", "paint", "make", "create", 
         "please make", "please show me", "i need", "i'd like", "i would like", "i'd like to see", "i would like to see",
         "imagine", "let me see", "could i have", "please paint", "sketch", "render", "design", "picture", "visualize",
         "just draw", "now draw", "hello, draw", "hi, please draw", "let's see", "try to draw")
+COMMANDS = ("draw", "please draw", "draw me", "paint", "create", "sketch", "design")
 _QUESTIONS = ("can you draw", "could you draw", "can you show me", "could you paint", "would you draw",
               "can you make", "could you please draw", "can i see", "may i see", "can i have", "will you paint")
-_STATEMENTS = ("this is", "here is", "look, it's", "behold", "imagine", "we see", "you can see", "it shows",
+_STATEMENTS = ("{this}", "here {is}", "look, it's", "behold", "imagine", "we see", "you can see", "it shows",
                "the picture shows", "the image contains", "a world with", "in this picture we see")
 FRAMES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (0.40, ("{x}",)),
@@ -121,14 +131,21 @@ FRAMES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (0.03, tuple(f"{ask} {medium} {{x}}?" for ask in _QUESTIONS for medium in _MEDIUM[:5])),
     (0.04, tuple(f"{words} {{x}}" for words in _STATEMENTS)),
 )
-ENDINGS = (
-    ", please", " please", ", thanks", ", thank you", ", digital art", ", 3d render", ", cute", ", high quality",
-    ", highly detailed", ", detailed", ", 4k", ", studio lighting", ", soft light", ", for my kids", ", simple",
-    ", emoji style", ", clip art", ", cartoon style", ", beautiful", ", masterpiece", ", best quality", ", realistic",
-    ", if you can", " for a birthday card", " for my daughter", " for my son", ", minimalistic", ", nothing else",
-    ", professional photo", ", sharp focus", ", vector art", ", smooth", ", glossy", "!", "...",
+# In the order in which they follow each other. Of a row there is one at most, for two would contradict or repeat.
+ENDINGS: tuple[tuple[str, ...], ...] = (
+    (", for my kids", " for a birthday card", " for my daughter", " for my son"),
+    (", nothing else",),
+    (", digital art", ", 3d render", ", emoji style", ", clip art", ", cartoon style", ", realistic",
+     ", professional photo", ", vector art"),
+    (", high quality", ", highly detailed", ", detailed", ", 4k", ", simple", ", masterpiece", ", best quality",
+     ", minimalistic"),
+    (", studio lighting", ", soft light", ", sharp focus", ", smooth", ", glossy"),
+    (", cute", ", beautiful"),
+    (", please", " please", ", thanks", ", thank you", ", if you can"),
+    ("!", "..."),
 )
+POLITE = ENDINGS[-2]
 NAMED = ("named", "called")
 BY = ("by", "in the style of")
-LONE_STATEMENTS = ("{0} all alone", "{0} by itself", "{0} on its own", "{0}, nothing else")
+LONE_STATEMENTS = ("{0} all alone", "{0} by {itself}", "{0} on {its} own", "{0}, nothing else")
 EVERY_STATEMENT = ("{0} in a row", "{0} together", "{0}, that is all")
