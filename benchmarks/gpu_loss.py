@@ -27,6 +27,7 @@ LIMIT = 1.0  # points
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=Path, nargs=2, metavar=("TERNARY", "BINARY"), help="default: embedded")
     parser.add_argument("--detector")
     parser.add_argument("-n", "--count", type=int, default=553, help="prompts")
     parser.add_argument("--device", default="cuda")
@@ -47,7 +48,9 @@ def draw(given: argparse.Namespace, runs: list[tuple[str, str]]) -> None:
     shared = ["--split", "test", "-n", str(given.count), "--device", given.device, "--keep", "none"]
     shared += ["--detector", given.detector] if given.detector else []
     shared += ["--size", given.size] if given.size else []
-    judge([Judging(given.out / f"{model}.{level}", ["-m", model, *shared],
+    from_folder = dict(zip(MODELS, given.models or (), strict=False))
+    judge([Judging(given.out / f"{model}.{level}",
+                   ["-m", f"{model}={from_folder[model]}" if given.models else model, *shared],
                    {"LINOCUT_KERNEL": "reference"} if level == FLOAT else {"LINOCUT_GPU_ACCURACY": level})
            for model, level in runs], given.at_once)
 

@@ -19,11 +19,18 @@ from linocut.eval.run import PROMPTS, results
 
 @dataclass(frozen=True)
 class Judging:
-    """One run: the command's arguments after `--out FOLDER`, and what it finds in its environment."""
+    """One run: the command's arguments after `--out FOLDER`, what it finds in its environment, and which shard of the
+    prompts is its part."""
 
     folder: Path
     arguments: Sequence[str]
     environment: dict[str, str] = field(default_factory=dict)
+    shard: str = "0/1"
+
+    @property
+    def log(self) -> Path:
+        """Where the run tells what it does."""
+        return self.folder.with_name(f"{self.folder.name}.{self.shard.partition('/')[0]}.log")
 
 
 def judge(runs: Sequence[Judging], at_once: int) -> None:
@@ -32,26 +39,27 @@ def judge(runs: Sequence[Judging], at_once: int) -> None:
     Raises SystemExit with the end of what a process said that failed.
     """
     waiting, places = list(runs), gpus()
-    running: list[tuple[Path, subprocess.Popen[bytes], str | None]] = []
+    running: list[tuple[Judging, subprocess.Popen[bytes], str | None]] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 run = waiting.pop(0)
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "linocut", "eval", "geneval", "--out", str(run.folder), *run.arguments]
+                command = [sys.executable, "-m", "linocut", "eval", "geneval", "--out", str(run.folder),
+                           "--shard", run.shard, *run.arguments]
                 place = min(places, key=[taken for *_, taken in running].count) if "cuda" in run.arguments else None
-                with log_of(run.folder).open("wb") as log:
+                with run.log.open("wb") as log:
                     here = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
                     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                                env=os.environ | here | run.environment)
-                running.append((run.folder, process, place))
+                running.append((run, process, place))
             for each in list(running):
-                folder, process, _ = each
+                run, process, _ = each
                 if process.poll() is not None:
                     running.remove(each)
-                    print(f"{folder.name}: exit code {process.returncode}", flush=True)
+                    print(f"{run.folder.name}, shard {run.shard}: exit code {process.returncode}", flush=True)
                     if process.returncode:
-                        raise SystemExit(log_of(folder).read_text(errors="replace")[-2000:])
+                        raise SystemExit(run.log.read_text(errors="replace")[-2000:])
             time.sleep(0.2)
     finally:
         for _, process, _ in running:
@@ -72,8 +80,3 @@ def outcomes(folder: Path, label: str, images: int) -> tuple[np.ndarray, np.ndar
     prompts = read_prompts(folder / PROMPTS)
     tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
     return gather(results(folder, label), prompts, images, label).correct, tasks
-
-
-def log_of(folder: Path) -> Path:
-    """Where a run tells what it does."""
-    return folder.with_name(f"{folder.name}.log")

@@ -3,9 +3,10 @@
     PYTHONPATH=src python benchmarks/students.py recipes/embedded/recipe.toml --run runs/embedded
     PYTHONPATH=src python benchmarks/students.py recipes/embedded/recipe.toml --run runs/embedded --table  # again
 
-Pictures of `--count` prompts of the test split: four of each at the recipe's size, one at the first of its other
-shapes; the teacher in the steps of its grid and in the models' own, students in the models' own. Results, one folder
-per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again. The table, Markdown,
+Pictures of prompts of the test split: four of each of `--count` at the recipe's size, one of each of the first 553 at
+the first of its other shapes; the teacher in the steps of its grid and in the models' own, students in the models' own.
+Results, one folder per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again.
+Each is drawn by `--shards` processes, of which `--at-once` run side by side. The table, Markdown,
 has scores in percent with their standard errors; `keeps` is the ratio to the teacher's score at that size in the
 steps of its grid, `in equal steps` that in the model's own, with 95 % intervals by bootstrap over prompts.
 """
@@ -24,6 +25,7 @@ from linocut.train.recipe import Recipe
 
 TEACHER, STUDENTS = "teacher", ("ternary", "binary")
 IMAGES = (4, 1)  # of a prompt, by size
+FEW = 553  # prompts at the second size
 
 
 def main() -> int:
@@ -34,6 +36,7 @@ def main() -> int:
     parser.add_argument("--detector")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="draw nothing, only tell what is there")
     given = parser.parse_args()
     recipe = Recipe.from_file(given.recipe)
@@ -51,9 +54,9 @@ def sizes(recipe: Recipe) -> list[tuple[int, int]]:
 def draw(given: argparse.Namespace, recipe: Recipe) -> None:
     """Pack what was trained, and judge its pictures."""
     out, usual = given.run / "judged", recipe.default_steps or recipe.path.grid
-    shared = ["--split", "test", "-n", str(given.count), "--device", given.device, "--keep", "none"]
+    shared = ["--split", "test", "--device", given.device, "--keep", "none"]
     shared += ["--detector", given.detector] if given.detector else []
-    runs = []
+    models = []
     for name in (TEACHER, *STUDENTS):
         if not (given.run / name / "model.safetensors").is_file():
             continue
@@ -62,12 +65,15 @@ def draw(given: argparse.Namespace, recipe: Recipe) -> None:
             export_teacher(recipe, given.run, model)
         elif not model.exists():
             export(recipe, given.run, model, {name: "transformer"})
-        for (width, height), images in zip(sizes(recipe), IMAGES, strict=False):
-            for steps in sorted({recipe.path.grid, usual} if name == TEACHER else {usual}):
-                runs.append(Judging(out / f"{name}-{width}x{height}-{steps}", [
-                    "-m", f"{name}={model}", "--size", f"{width}x{height}", "--steps", str(steps), "--images",
-                    str(images), *shared]))
-    judge(runs, given.at_once)
+        models.append((name, model, recipe.path.grid if name == TEACHER else usual))
+    # What may be cut for time comes last.
+    models += [(name, model, usual) for name, model, steps in models if steps != usual]
+    counts = given.count, min(FEW, given.count)
+    judge([Judging(out / f"{name}-{width}x{height}-{steps}", [
+        "-m", f"{name}={model}", "--size", f"{width}x{height}", "--steps", str(steps), "--images", str(images),
+        "-n", str(count), *shared], shard=f"{shard}/{given.shards}")
+        for (width, height), images, count in zip(sizes(recipe), IMAGES, counts, strict=False)
+        for name, model, steps in models for shard in range(given.shards)], given.at_once)
 
 
 def table(recipe: Recipe, out: Path) -> list[str]:

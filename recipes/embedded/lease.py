@@ -38,6 +38,7 @@ RECIPE = "recipes/embedded/recipe.toml"
 PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
 GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
 ENDING = 170.0  # seconds that students leave at the end to be packed and judged
+PROMPTS = 2500  # four pictures of each, so that a difference of half a point shows
 STUDENTS = ("ternary", "binary")
 
 
@@ -108,8 +109,13 @@ class Conductor:
                                                      enumerate(todo)], apart=True)
         if self.attempt("export", plan.budget, [self.task("export", plan.budget)]):
             self.pack("model", "model", *self.files(*(f"{name}.*" for name in STUDENTS)))
-        self.judge("students.py", plan.recipe, "--run", str(self.folder))
+        many = ["-n", str(PROMPTS), "--shards", "3"] if plan.device == "cuda" else []
+        self.judge("students.py", plan.recipe, "--run", str(self.folder), *many)
         self.pack("judged", *self.files("judged/*-*/**/*"))
+        if plan.device == "cuda":
+            models = [str(self.folder / "judged" / "models" / name) for name in STUDENTS]
+            self.judge("gpu_loss.py", "--out", str(self.folder / "loss"), "-n", "300", "--models", *models)
+            self.pack("loss", *self.files("loss/table.json", "loss/*/run.json"))
         for name in filter(self.finished, STUDENTS):
             self.pack(name, self.slim(name))
         self.say("all done")
@@ -129,7 +135,7 @@ class Conductor:
     def judge(self, script: str, *arguments: str) -> None:
         plan = self.plan
         command = [sys.executable, f"benchmarks/{script}", *arguments]
-        command += ["--at-once", str(6 * plan.devices)] if plan.device == "cuda" else ["--device", "cpu", "-n", "6"]
+        command += ["--at-once", str(8 * plan.devices)] if plan.device == "cuda" else ["--device", "cpu", "-n", "6"]
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(plan.devices)))}
         self.attempt("judging", plan.budget, [Task("judging", command, gpus)])
 
@@ -305,7 +311,7 @@ def take_home(root: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     taken = root / "taken"
     seen = set(taken.read_text().split()) if taken.exists() else set()
-    order = ("model", "judged", "vae", "teacher", *STUDENTS)
+    order = ("model", "judged", "loss", "vae", "teacher", *STUDENTS)
     parts = sorted((path for path in (root / "parts").glob("*.tar.*") if path.name not in seen),
                    key=lambda path: (order.index(path.name.split(".")[0]), path.name))
     room, count = HOME_BYTES, HOME_FILES

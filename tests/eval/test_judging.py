@@ -40,8 +40,19 @@ def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch, judging):
     assert [(folder / "gpu").read_text() for folder in folders] == ["3", "5", "3,5", "3"]
 
 
+def test_shards_of_a_run_share_its_folder_and_have_logs_of_their_own(tmp_path, monkeypatch, judging):
+    begin = judging.subprocess.Popen
+    monkeypatch.setattr(judging.subprocess, "Popen", lambda command, **options: begin(
+        [sys.executable, "-c", "import sys; print(sys.argv[1:])", *command[3:]], **options))
+    judging.judge([judging.Judging(tmp_path / "one", [], shard=f"{number}/2") for number in range(2)], at_once=2)
+    for number in range(2):
+        said = (tmp_path / f"one.{number}.log").read_text()
+        assert f"'--shard', '{number}/2'" in said
+        assert repr(str(tmp_path / "one")) in said
+
+
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch, judging, capsys):
     instead(monkeypatch, judging, "import sys; sys.exit('no detector there')")
     with pytest.raises(SystemExit, match="no detector there"):
         judging.judge([judging.Judging(tmp_path / "one", [])], at_once=1)
-    assert "one: exit code 1" in capsys.readouterr().out
+    assert "one, shard 0/1: exit code 1" in capsys.readouterr().out
