@@ -44,7 +44,7 @@ def test_velocity_is_moved_away_from_that_of_the_empty_prompt():
     guided = Guided(Echo(), 3.0, empty)
     assert guided.velocity(x, text, torch.ones(2))[:, 0, 0].tolist() == [1 + 3 * (2 - 1), 1 + 3 * (6 - 1)]
     assert torch.allclose(guided.walk(x, text, [1.0, 0.5, 0.0])[:, 0, 0], torch.tensor([-4.0, -16.0]))
-    assert guided.network.asked == 6
+    assert guided.network.asked == 3  # with and without the prompt at once
     plain = Guided(Echo(), 1.0, empty)
     assert plain.velocity(x, text, torch.ones(2))[:, 0, 0].tolist() == [2, 6]
     assert plain.network.asked == 1  # a scale of 1 costs nothing
@@ -66,9 +66,9 @@ def test_a_teacher_reads_the_empty_prompt_as_the_pipeline_does(recipe):
     without = painter.velocity(noise, teacher.empty.repeat(2, 1, 1), sigma)
     wanted = without + SCALE * (painter.velocity(noise, text, sigma) - without)
     found = teacher.velocity(noise, text, sigma)
-    assert torch.allclose(found, wanted, atol=1e-6)
+    assert torch.allclose(found, wanted, atol=1e-5)  # both in one batch: sums in another order
     assert not torch.allclose(found, painter.velocity(noise, text, sigma), atol=1e-4)
-    assert torch.allclose(teacher.at(recipe.tokens).velocity(noise, text, sigma), wanted, atol=1e-6)
+    assert torch.allclose(teacher.at(recipe.tokens).velocity(noise, text, sigma), wanted, atol=1e-5)
     assert teacher.at((1, 3)).velocity(noise[:, :3], text, sigma).shape == (2, 3, recipe.transformer.in_channels)
     levels = grid_levels(recipe)
     there = noise + (levels[1] - levels[0]) * teacher.velocity(noise, text, torch.ones(2) * levels[0])

@@ -31,10 +31,10 @@ class Guided:
 
     def velocity(self, latents: Tensor, text: Tensor, sigma: Tensor) -> Tensor:
         """Velocity, float32 [B, I, 4C]."""
-        v = self.network.velocity(latents, text, sigma)
         if self.scale == 1:
-            return v
-        unprompted = self.network.velocity(latents, self.empty.repeat(len(text), 1, 1), sigma)
+            return self.network.velocity(latents, text, sigma)
+        both = torch.cat([text, self.empty.to(text.dtype).expand_as(text)])
+        v, unprompted = self.network.velocity(latents.repeat(2, 1, 1), both, sigma.repeat(2)).chunk(2)
         return unprompted + self.scale * (v - unprompted)
 
     def walk(self, x: Tensor, text: Tensor, levels: Sequence[float]) -> Tensor:
