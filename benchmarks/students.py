@@ -6,15 +6,19 @@
 Pictures of prompts of the test split: four of each of `--count` at the recipe's size, one of each of the first 553 at
 the first of its other shapes; the teacher in the steps of its grid and in the models' own, students in the models' own.
 Results, one folder per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again.
-Each is drawn by `--shards` processes, of which `--at-once` run side by side. The table, Markdown,
-has scores in percent with their standard errors; `keeps` is the ratio to the teacher's score at that size in the
-steps of its grid, `in equal steps` that in the model's own, with 95 % intervals by bootstrap over prompts.
+Each is drawn by `--shards` processes, of which `--at-once` run side by side. `--table` with a smaller `--count` tells
+of the first prompts alone.
+
+The table, Markdown, has scores in percent with their standard errors; `points from it` is the difference to the
+teacher's score at that size in the steps of its grid, with its standard error, `keeps` the ratio, `in equal steps` that
+to the teacher's in the model's own steps, with 95 % intervals by bootstrap over prompts.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from judging import Judging, judge, outcomes
 from quality import interval, plain
 
@@ -42,7 +46,7 @@ def main() -> int:
     recipe = Recipe.from_file(given.recipe)
     if not given.table:
         draw(given, recipe)
-    print("\n".join(table(recipe, given.run / "judged")))
+    print("\n".join(table(recipe, given.run / "judged", given.count)))
     return 0
 
 
@@ -76,25 +80,27 @@ def draw(given: argparse.Namespace, recipe: Recipe) -> None:
         for name, model, steps in models for shard in range(given.shards)], given.at_once)
 
 
-def table(recipe: Recipe, out: Path) -> list[str]:
-    """All scores in Markdown."""
-    lines = [f"| size | model | steps | {' | '.join(GENEVAL_TASKS)} | mean | keeps, % | in equal steps |",
-             "|---|---|---:" + "|---:" * (len(GENEVAL_TASKS) + 3) + "|"]
+def table(recipe: Recipe, out: Path, count: int) -> list[str]:
+    """All scores in Markdown, by the first `count` prompts of those that were judged."""
+    columns = ["size", "model", "steps", *GENEVAL_TASKS, "mean", "points from it", "keeps, %", "in equal steps"]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
     for (width, height), images in zip(sizes(recipe), IMAGES, strict=False):
-        found = {}
+        found, tasks = {}, np.empty(0)
         for folder in sorted(out.glob(f"*-{width}x{height}-*/")):
             name, _, steps = folder.name.split("-")
-            found[name, int(steps)], tasks = outcomes(folder, name, images)
+            right, tasks = (each[:count] for each in outcomes(folder, name, images))
+            found[name, int(steps)] = right
         order = sorted(found, key=lambda each: ((TEACHER, *STUDENTS).index(each[0]), each[1]))
         for name, steps in order:
             right = found[name, steps]
             (score,) = scores(right.mean(1)[:, None], tasks)
-            keeps = ["" if name == TEACHER or (TEACHER, count) not in found else
-                     interval(compare(found[TEACHER, count], right, tasks).ratio.to_dict())
-                     for count in (recipe.path.grid, steps)]
-            each = (f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS)))
-            lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} | {plain(score.to_dict())} | "
-                         f"{' | '.join(keeps)} |")
+            each = [f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS))]
+            each.append(plain(score.to_dict()))
+            beside = [compare(found[TEACHER, count], right, tasks) if (TEACHER, count) in found and name != TEACHER
+                      else None for count in (recipe.path.grid, steps)]
+            each.append(plain(beside[0].difference.to_dict()) if beside[0] else "")
+            each += [interval(one.ratio.to_dict()) if one else "" for one in beside]
+            lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} |")
     return lines
 
 
