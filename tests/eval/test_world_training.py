@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from linocut.errors import FormatError, ModelNotFoundError, UsageError
 from linocut.eval.rules import GENEVAL_TASKS
 from linocut.eval.world_detector import VERSION, WorldDetector
 from linocut.eval.world_network import NetworkConfig, Peaks, WorldNetwork, find_peaks, fold_norms, without_doubles
-from linocut.eval.world_training import DetectorRecipe, heat_map, train_detector
+from linocut.eval.world_training import DetectorRecipe, heat_map, measure_again, train_detector
 from linocut.train.optimize import Average
 
 SOURCE = Path(__file__).parent.parent.parent / "src"
@@ -41,6 +42,18 @@ def recipe(folder: Path, **changes: object) -> DetectorRecipe:
     lines = [line for line in RECIPE.splitlines() if line.split(" = ")[0] not in changes]
     file.write_text("\n".join([*lines, *(f"{key} = {value}" for key, value in changes.items())]))
     return DetectorRecipe.from_file(file)
+
+
+def test_a_detector_is_measured_again(trained, sprites, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    weights, before = (copy / "model.safetensors").read_bytes(), WorldDetector(trained).accuracy
+    measure_again(recipe(tmp_path, cases=20), copy, sprites, "cpu")
+    assert WorldDetector(copy).accuracy == before  # the same cases
+    measure_again(recipe(tmp_path, cases=9), copy, sprites, "cpu")
+    assert {row["n"] for row in WorldDetector(copy).accuracy["96x64 plain"].values()} == {9}
+    assert (copy / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ModelNotFoundError):
+        measure_again(recipe(tmp_path), tmp_path / "nothing", sprites, "cpu")
 
 
 @pytest.fixture(scope="module")

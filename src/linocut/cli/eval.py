@@ -145,10 +145,14 @@ def _report(root: Path, against: Path | None, as_json: bool) -> None:
               help="Folder of the sprites that scenes are drawn with.")
 @click.option("--device", metavar="NAME", help="Such as cpu or cuda:1. Default: this process's GPU, else the CPU.")
 @click.option("--until", type=float, default=math.inf, help="Steps end by then, in seconds since 1970.")
-def detector_command(recipe: Path, out: Path, sprites: Path, device: str | None, until: float) -> None:
+@click.option("--measure", is_flag=True, help="Do not train: measure the detector in DIR again.")
+def detector_command(recipe: Path, out: Path, sprites: Path, device: str | None, until: float, measure: bool) -> None:
     """Train the detector of the embedded world by RECIPE (recipes/embedded/detector.toml), and measure it."""
-    from linocut.eval.world_training import DetectorRecipe, train_detector
+    from linocut.eval.world_training import DetectorRecipe, measure_again, train_detector
 
+    if measure:
+        measure_again(DetectorRecipe.from_file(recipe), out, sprites, device)
+        return
     train_detector(DetectorRecipe.from_file(recipe), out, sprites, device, until)
 
 

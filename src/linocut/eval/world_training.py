@@ -31,7 +31,7 @@ from linocut.eval.world_network import STRIDE, NetworkConfig, WorldNetwork
 from linocut.eval.world_scenes import Labelled, WorldScenes, redraw, square_to
 from linocut.models.autoencoder import Autoencoder
 from linocut.train.autoencoder import save_grid
-from linocut.train.loop import Ranks, Schedule, autocast, stop_in_order
+from linocut.train.loop import Ranks, Schedule, autocast, chosen_device, stop_in_order
 from linocut.train.optimize import Average, set_rate
 from linocut.train.palette import COLOURS
 from linocut.train.recipe import StageSettings
@@ -192,6 +192,18 @@ def _settle(network: WorldNetwork, scenes: WorldScenes, recipe: DetectorRecipe) 
 
 
 @torch.no_grad()
+def measure_again(recipe: DetectorRecipe, out: Path, sprites: Path, device: str | None = None) -> None:
+    """Measure the detector in `out` as after its training, with the recipe's autoencoder as it is now.
+
+    Raises ModelNotFoundError where there is no detector.
+    """
+    things = list(range(recipe.things or len(objects())))
+    chosen = chosen_device(device)
+    scenes = WorldScenes(sprites, recipe.size, chosen, _autoencoder(recipe.vae, chosen), recipe.seed, things,
+                         recipe.layouts)
+    report(recipe, out, scenes, things)
+
+
 def report(recipe: DetectorRecipe, out: Path, scenes: WorldScenes, things: list[int]) -> None:
     """Measure what was written, at every shape: plain scenes, and scenes redrawn by the autoencoder."""
     detector = WorldDetector(out, scenes.device)
@@ -240,7 +252,11 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, default=Path(".cache/sprites"))
     parser.add_argument("--device")
     parser.add_argument("--until", type=float, default=math.inf, help="steps end by then, in seconds since 1970")
+    parser.add_argument("--measure", action="store_true", help="do not train; measure again what is in the folder")
     options = parser.parse_args()
+    if options.measure:
+        measure_again(DetectorRecipe.from_file(options.recipe), options.out, options.sprites, options.device)
+        return
     train_detector(DetectorRecipe.from_file(options.recipe), options.out, options.sprites, options.device,
                    options.until)
 
