@@ -74,9 +74,9 @@ def gpus() -> list[str]:
     return given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())] or [""]
 
 
-def outcomes(folder: Path, label: str, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a run that is over: which pictures are right, bool [prompts, images], and each prompt's task as its number in
-    `GENEVAL_TASKS`, int [prompts]."""
-    prompts = read_prompts(folder / PROMPTS)
+def outcomes(folder: Path, label: str, images: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Of a run, or its first `count` prompts: which pictures are right, bool [prompts, images], and each prompt's task
+    as its number in `GENEVAL_TASKS`, int [prompts]. Raises UsageError where any is not judged yet."""
+    prompts = read_prompts(folder / PROMPTS)[:count]
     tasks = np.array([GENEVAL_TASKS.index(prompt["tag"]) for prompt in prompts])
     return gather(results(folder, label), prompts, images, label).correct, tasks

@@ -9,8 +9,8 @@ Results, one folder per model, size and number of steps, lie in `RUN/judged`; wh
 Each is drawn by `--shards` processes, of which `--at-once` run side by side. `--table` with a smaller `--count` tells
 of the first prompts alone.
 
-The table, Markdown, has scores in percent with their standard errors; `points from it` is the difference to the
-teacher's score at that size in the steps of its grid, with its standard error, `keeps` the ratio, `in equal steps` that
+The table, Markdown, has scores in percent with their standard errors; `points from teacher` is the difference to
+its score at that size in the steps of its grid, with its standard error, `keeps` the ratio, `in equal steps` that
 to the teacher's in the model's own steps, with 95 % intervals by bootstrap over prompts.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 from judging import Judging, judge, outcomes
 from quality import interval, plain
 
+from linocut.errors import UsageError
 from linocut.eval.rules import GENEVAL_TASKS
 from linocut.eval.statistics import compare, scores
 from linocut.train.export import export, export_teacher
@@ -82,22 +83,24 @@ def draw(given: argparse.Namespace, recipe: Recipe) -> None:
 
 def table(recipe: Recipe, out: Path, count: int) -> list[str]:
     """All scores in Markdown, by the first `count` prompts of those that were judged."""
-    columns = ["size", "model", "steps", *GENEVAL_TASKS, "mean", "points from it", "keeps, %", "in equal steps"]
+    columns = ["size", "model", "steps", *GENEVAL_TASKS, "mean", "points from teacher", "keeps, %", "in equal steps"]
     lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
     for (width, height), images in zip(sizes(recipe), IMAGES, strict=False):
         found, tasks = {}, np.empty(0)
         for folder in sorted(out.glob(f"*-{width}x{height}-*/")):
             name, _, steps = folder.name.split("-")
-            right, tasks = (each[:count] for each in outcomes(folder, name, images))
-            found[name, int(steps)] = right
+            try:
+                found[name, int(steps)], tasks = outcomes(folder, name, images, count)
+            except UsageError as error:  # cut before its end
+                print(f"{folder.name} is left out: {error}", file=sys.stderr)
         order = sorted(found, key=lambda each: ((TEACHER, *STUDENTS).index(each[0]), each[1]))
         for name, steps in order:
             right = found[name, steps]
             (score,) = scores(right.mean(1)[:, None], tasks)
             each = [f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS))]
             each.append(plain(score.to_dict()))
-            beside = [compare(found[TEACHER, count], right, tasks) if (TEACHER, count) in found and name != TEACHER
-                      else None for count in (recipe.path.grid, steps)]
+            beside = [compare(found[TEACHER, theirs], right, tasks) if (TEACHER, theirs) in found and name != TEACHER
+                      else None for theirs in (recipe.path.grid, steps)]
             each.append(plain(beside[0].difference.to_dict()) if beside[0] else "")
             each += [interval(one.ratio.to_dict()) if one else "" for one in beside]
             lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} |")

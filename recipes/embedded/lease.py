@@ -1,6 +1,6 @@
 """Trains the embedded model on machines that are lent for minutes: by the clock, in the background, results in parts.
 
-    python recipes/embedded/lease.py start --budget 1500             # returns at once, training goes on
+    python recipes/embedded/lease.py start --budget 1600             # returns at once, training goes on
     python recipes/embedded/lease.py watch --seconds 560 --home OUT  # waits, says how it stands, fills OUT with results
     python recipes/embedded/lease.py join FOLDER --out runs/embedded # at home: parts become a run folder again
 
@@ -37,7 +37,7 @@ ROOT = Path("/tmp/lease")
 RECIPE = "recipes/embedded/recipe.toml"
 PART_BYTES, HOME_BYTES, HOME_FILES = 15 * 2**20, 62 * 10**6, 8  # of one result file, and of all that come home at once
 GRACE = 45.0  # seconds after its steps in which a stage measures, draws and saves
-ENDING = 170.0  # seconds that students leave at the end to be packed and judged
+ENDING = 270.0  # seconds that students leave at the end to be packed and judged; what is judged last may be cut
 PROMPTS = 2500  # four pictures of each, so that a difference of half a point shows
 STUDENTS = ("ternary", "binary")
 
@@ -61,9 +61,9 @@ class Plan:
              distil: float | None = None, study: str = "", only: str = "") -> Plan:
         """Shares of a budget: the autoencoder has `vae` seconds or few, the students `distil` or a third, and the
         teacher what is left."""
-        students = budget - min(ENDING, 0.2 * budget)
+        students = budget - min(ENDING, 0.17 * budget)
         vae = min(95.0, 0.2 * budget) if vae is None else vae
-        return cls(recipe, device, devices, budget, vae, students - (distil or 0.36 * budget), students, study, only)
+        return cls(recipe, device, devices, budget, vae, students - (distil or 0.334 * budget), students, study, only)
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class Conductor:
         many = ["-n", str(PROMPTS), "--shards", "3"] if plan.device == "cuda" else []
         self.judge("students.py", plan.recipe, "--run", str(self.folder), *many)
         self.pack("judged", *self.files("judged/*-*/**/*"))
-        if plan.device == "cuda":
+        if plan.device == "cuda" and all(map(self.finished, STUDENTS)):
             models = [str(self.folder / "judged" / "models" / name) for name in STUDENTS]
             self.judge("gpu_loss.py", "--out", str(self.folder / "loss"), "-n", "300", "--models", *models)
-            self.pack("loss", *self.files("loss/table.json", "loss/*/run.json"))
+            self.pack("loss", *self.files("loss/table.json", "loss/*/*.json*", "loss/*/*/results*.jsonl"))
         for name in filter(self.finished, STUDENTS):
             self.pack(name, self.slim(name))
         self.say("all done")

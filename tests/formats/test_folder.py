@@ -51,7 +51,7 @@ def test_a_local_folder(tmp_path):
 def test_settings(tmp_path):
     own = {"text_length": 64, "text_taps": [2, 4, 6], "default_size": [256, 256]}
     assert ModelFolder.open(make_model(tmp_path, {"linocut": own})).settings == own | {
-        "default_steps": 50, "default_guidance": 4.0, "trained_sizes": [], "is_distilled": False}
+        "default_steps": 4, "default_guidance": 4.0, "trained_sizes": [], "is_distilled": False}
     for key, value in [("text_length", 0), ("text_length", True), ("text_taps", [3, 2, 1]), ("text_taps", [1, 2]),
                        ("default_size", [100, 100]), ("default_size", "256"), ("default_steps", 0),
                        ("default_guidance", -1), ("default_guidance", 101), ("default_guidance", True),

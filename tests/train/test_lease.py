@@ -59,10 +59,27 @@ def test_one_student_alone_has_all_devices(tmp_path, monkeypatch):
     made.folder.joinpath("teacher").mkdir()
     made.folder.joinpath("teacher", "model.safetensors").touch()
     made.conduct()
-    assert [name for name, _ in ran] == ["students", "export", "judging", "judging"]  # and what activations cost
+    assert [name for name, _ in ran] == ["students", "export", "judging"]
     tasks = ran[0][1]
     assert [task.env["RANK"] for task in tasks] == ["0", "1"]
     assert all(task.command[task.command.index("--stage") + 1] == "binary" for task in tasks)
+
+
+def test_what_activations_cost_is_measured_where_both_students_are_there(tmp_path, monkeypatch):
+    made, ran = conductor(tmp_path), []
+    made.plan = lease.Plan.make("recipe.toml", "cuda", 2, 1600, 0.0, 950)
+    monkeypatch.setattr(made, "attempt", lambda name, until, tasks, **_: ran.append(tasks))
+    made.folder.joinpath("vae.done").touch()
+    for name in ("teacher", *lease.STUDENTS):
+        made.folder.joinpath(name).mkdir()
+        made.folder.joinpath(name, "model.safetensors").touch()
+    made.conduct()
+    judged, cost = (tasks[0].command for tasks in ran[-2:])
+    assert judged[1] == "benchmarks/students.py"
+    assert judged[judged.index("-n") + 1] == str(lease.PROMPTS)
+    assert cost[1] == "benchmarks/gpu_loss.py"
+    models = cost[cost.index("--models") + 1:][:2]
+    assert models == [str(made.folder / "judged" / "models" / name) for name in lease.STUDENTS]
 
 
 def test_a_study_is_trained_judged_and_packed_without_what_is_large(tmp_path, monkeypatch):

@@ -191,7 +191,6 @@ def _settle(network: WorldNetwork, scenes: WorldScenes, recipe: DetectorRecipe) 
             network(image)
 
 
-@torch.no_grad()
 def measure_again(recipe: DetectorRecipe, out: Path, sprites: Path, device: str | None = None) -> None:
     """Measure the detector in `out` as after its training, with the recipe's autoencoder as it is now.
 
@@ -199,11 +198,13 @@ def measure_again(recipe: DetectorRecipe, out: Path, sprites: Path, device: str 
     """
     things = list(range(recipe.things or len(objects())))
     chosen = chosen_device(device)
+    WorldDetector(out, chosen)  # before the scenes are made
     scenes = WorldScenes(sprites, recipe.size, chosen, _autoencoder(recipe.vae, chosen), recipe.seed, things,
                          recipe.layouts)
     report(recipe, out, scenes, things)
 
 
+@torch.no_grad()
 def report(recipe: DetectorRecipe, out: Path, scenes: WorldScenes, things: list[int]) -> None:
     """Measure what was written, at every shape: plain scenes, and scenes redrawn by the autoencoder."""
     detector = WorldDetector(out, scenes.device)

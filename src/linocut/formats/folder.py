@@ -30,7 +30,6 @@ _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_c
 _MAX_CONFIG = 10_000_000
 _DEFAULTS: dict[str, Any] = {"text_length": 512, "text_taps": [9, 18, 27], "default_size": [1024, 1024],
                              "default_steps": 4, "default_guidance": 4.0, "trained_sizes": []}
-_UNDISTILLED_STEPS = 50  # of FLUX.2-klein-base, which 4 steps would leave a blur
 
 
 def _embedded_root() -> Path:
@@ -145,8 +144,8 @@ class ModelFolder:
         default_guidance (of one that is not distilled), trained_sizes ([w, h] each; none: it draws any), is_distilled.
 
         From the key "linocut" of model_index.json (or what diffusers keeps of it, see docs/format.md, 1.2), with
-        FLUX.2-klein's values where it is silent, and the base model's 50 steps if not distilled; is_distilled is the
-        index's own key (false if absent, as in FLUX.2-klein-base).
+        FLUX.2-klein's values where it is silent; is_distilled is the index's own key (false if absent, as in
+        FLUX.2-klein-base).
         """
         if self._settings is None:
             self._settings = read_settings(self.index, self.root / "model_index.json")
@@ -204,8 +203,8 @@ def read_settings(index: dict[str, Any], path: Path) -> dict[str, Any]:
     own = index.get(SETTINGS_KEY, {})
     if not isinstance(own, dict):
         raise FormatError("key 'linocut' has the wrong form", path=path, expected="an object", found=type(own).__name__)
+    settings = _DEFAULTS | own
     distilled = index.get("is_distilled", False)
-    settings = _DEFAULTS | ({} if distilled else {"default_steps": _UNDISTILLED_STEPS}) | own
     settings["is_distilled"] = distilled
     checks = {
         "text_length": ("an integer from 1 to 65536", lambda v: _integer(v, 1, 65536)),

@@ -53,7 +53,8 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def pipeline_arguments(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What to call `Flux2KleinPipeline` with, so that it draws as linocut does: size, steps, text length and layers.
+    """What to call `Flux2KleinPipeline` with, so that it draws as linocut does: size, text length and layers; and
+    steps and guidance, unless the model is not distilled and does not say them.
 
     diffusers' own defaults are those of the undistilled klein: 50 steps at guidance 4 and 1024 px.
     """
@@ -62,8 +63,11 @@ def pipeline_arguments(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     width, height = settings["default_size"]
     arguments = {"width": width, "height": height, "max_sequence_length": settings["text_length"],
                  "text_encoder_out_layers": tuple(settings["text_taps"])}
-    return arguments | {"num_inference_steps": settings["default_steps"],
-                        "guidance_scale": 1.0 if settings["is_distilled"] else settings["default_guidance"]}
+    own = folder.index.get(SETTINGS_KEY, {})
+    if settings["is_distilled"] or {"default_steps", "default_guidance"} <= own.keys():
+        arguments |= {"num_inference_steps": settings["default_steps"],
+                      "guidance_scale": 1.0 if settings["is_distilled"] else settings["default_guidance"]}
+    return arguments
 
 
 class LinocutQuantizer(DiffusersQuantizer):  # type: ignore[misc, valid-type]
