@@ -62,7 +62,7 @@ def test_the_table_tells_what_was_judged(tmp_path, quality):
     assert Image.open(tmp_path / "plot.png").width == 650
 
 
-def test_students_are_compared_in_the_grids_steps_and_in_equal_ones(tmp_path, monkeypatch):
+def test_students_are_compared_in_the_grids_steps_and_in_equal_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     students, prompts = importlib.import_module("students"), sample_prompts("test", 60)
     for name, steps, right in (("teacher", 4, 2), ("teacher", 8, 4), ("binary", 8, 3)):
@@ -70,10 +70,15 @@ def test_students_are_compared_in_the_grids_steps_and_in_equal_ones(tmp_path, mo
         write_results(tmp_path, results.name, prompts, lambda _, image, right=right: image < right)
         (results / results.name).rename(results / name)
     recipe = Recipe.from_file(ROOT / "recipes" / "embedded" / "recipe.toml")
-    lines = students.table(recipe, tmp_path)
+    lines = students.table(recipe, tmp_path, 60)
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["4", "8", "8"]
     assert lines[4].startswith("| 256x256 | binary | 8 | 75.00 |")
     assert lines[4].endswith("| 150.0 (150.0 to 150.0) | 75.0 (75.0 to 75.0) |")
+    assert [line.split("|")[-4].strip() for line in lines[2:]] == ["", "", "25.00 +- 0.00"]
+    (tmp_path / "teacher-256x256-8" / "teacher" / "results.jsonl").unlink()  # a run that was cut
+    fewer = students.table(recipe, tmp_path, 12)
+    assert [line.split("|")[3].strip() for line in fewer[2:]] == ["4", "8"]
+    assert "teacher-256x256-8 is left out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

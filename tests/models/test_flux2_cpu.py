@@ -69,6 +69,24 @@ def rounded_projections(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
+@contextmanager
+def rounding_errors(model: nn.Module) -> Iterator[list[float]]:
+    """What int8 rounding, a scale for 128 activations, takes from the input of each packed layer of the blocks, in parts
+    of its size: steps of max/127 have a variance of a twelfth of their square."""
+    found: list[float] = []
+
+    def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        groups = given[0].float().unflatten(-1, (-1, 128))
+        steps = groups.abs().amax(-1) / 127
+        found.append(float((steps.square().mean() / 12 / groups.square().mean()).sqrt()))
+
+    hooks = [layer.register_forward_pre_hook(note) for name, layer in model.named_modules()
+             if isinstance(layer, PackedLinear) and "blocks." in name]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
 # --------------------------------------------------------------------------------------------------- transformer
 
 def alone(model: Flux2Transformer) -> Iterator[str]:
@@ -99,20 +117,23 @@ def test_each_block_equals_the_plain_one_with_the_same_rounding(folder, monkeypa
 
 @torch.no_grad()
 def test_step_is_near_the_plain_network_in_float(folder):
-    """Each product rounds its activations once: half a step of max/127, evenly spread, is some 0.3 % of their size, and
-    rounding errors of independent layers add up as a random walk. Attention in bfloat16 adds less. How far the errors
-    of a block grow in those after it is the model's own; what it costs pictures, `benchmarks/activations.py` says.
+    """Each product rounds its activations once: steps of max/127, evenly spread, which is 0.3 to 2 % of what goes in.
+    Much of a block's stream goes past its products, so its error is under what rounding does to one of them; errors of
+    independent blocks add up as a random walk, and attention in bfloat16 adds less. How far a block's errors grow in
+    those after it is the model's own; what it costs pictures, `benchmarks/activations.py` says.
     """
-    model, errors = transformer_of(folder), []
+    model, errors, allowed = transformer_of(folder), [], []
     whole, given = FusedTransformer(model), inputs(model.config)
     with use_kernel("native"):
         wanted = model(*given)
     found = relative(whole(*given), wanted)
     for _ in alone(model):
-        with use_kernel("native"):
+        with use_kernel("native"), rounding_errors(model) as of_products:
             wanted = model(*given)
         errors.append(relative(FusedTransformer(model)(*given), wanted))
-    assert max(errors) < 0.0105
+        allowed.append(0.85 * max(of_products))
+    assert all(error < most for error, most in zip(errors, allowed, strict=True)), (errors, allowed)
+    assert max(errors) < 0.012
     assert found < 1.2 * sum(error**2 for error in errors) ** 0.5
     assert found < (0.025 if folder.name.startswith("embedded") else 0.02)  # random weights amplify nothing
 
