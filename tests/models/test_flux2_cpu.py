@@ -71,7 +71,7 @@ def rounded_projections(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def rounding_errors(model: nn.Module) -> Iterator[list[float]]:
-    """What int8 rounding, a scale for 128 activations, takes from the input of each packed layer of the blocks, in parts
+    """What int8 rounding, a scale for 128 activations, takes from the input of each packed layer of blocks, in parts
     of its size: steps of max/127 have a variance of a twelfth of their square."""
     found: list[float] = []
 
