@@ -133,7 +133,7 @@ def test_step_is_near_the_plain_network_in_float(folder):
         errors.append(relative(FusedTransformer(model)(*given), wanted))
         allowed.append(0.85 * max(of_products))
     assert all(error < most for error, most in zip(errors, allowed, strict=True)), (errors, allowed)
-    assert max(errors) < 0.012
+    assert max(errors) < (0.012 if folder.name == "embedded" else 0.0105)  # as tight as these models allow
     assert found < 1.2 * sum(error**2 for error in errors) ** 0.5
     assert found < (0.025 if folder.name.startswith("embedded") else 0.02)  # random weights amplify nothing
 

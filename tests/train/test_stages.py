@@ -22,6 +22,7 @@ from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.folder import ModelFolder
 from linocut.kernels.dispatch import use_kernel
 from linocut.models.linear import FakeQuantEmbedding, FakeQuantLinear
+from linocut.models.text_encoder import PromptTokenizer
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.schedule import Schedule
 from linocut.train.autoencoder import load_vae, vae_of
@@ -278,16 +279,24 @@ def test_two_processes_train_together(trained, tmp_path):
     assert (tmp_path / "teacher.png").is_file()
 
 
+def make_bank(trained: Trained) -> tuple[PromptTokenizer, SceneRenderer, LatentBank]:
+    recipe, run = trained.recipe, trained.run
+    tokenizer, renderer = make_tokenizer(recipe, run / "tokenizer"), SceneRenderer(trained.sprites, recipe.data.size)
+    return tokenizer, renderer, LatentBank.build(recipe, tokenizer, load_vae(recipe, run, CPU), renderer, 0, CPU)
+
+
+def latents_of(trained: Trained, renderer: SceneRenderer, made: Scenes) -> torch.Tensor:
+    """Latents [M, I, 4C] of pictures of scenes, all at once."""
+    images = renderer.draw(renderer.table(made.placements), renderer.looks(made.scenes))
+    return load_vae(trained.recipe, trained.run, CPU).latents_from_image(images).flatten(2).transpose(1, 2)
+
+
 @torch.no_grad()
 def test_captions_belong_to_their_pictures(trained):
     """The bank draws scenes sorted by size; each latent still lies beside its own captions."""
-    recipe, run = trained.recipe, trained.run
-    tokenizer, vae = make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU)
-    renderer = SceneRenderer(trained.sprites, recipe.data.size)
-    bank = LatentBank.build(recipe, tokenizer, vae, renderer, 0, CPU)
+    recipe, (tokenizer, renderer, bank) = trained.recipe, make_bank(trained)
     made = make_scenes(recipe, 0, recipe.data.scenes)
-    images = renderer.draw(renderer.table(made.placements), renderer.looks(made.scenes))
-    wanted = vae.latents_from_image(images).flatten(2).transpose(1, 2)
+    wanted = latents_of(trained, renderer, made)
     assert torch.equal(bank.names, names_of(renderer, renderer.table(made.placements), 16))
     error = (bank.latents.float() - wanted).square().mean((1, 2))
     assert float(error.max()) < 0.01 * float(wanted.square().mean())
@@ -336,10 +345,7 @@ def test_a_decoder_alone_learns_to_draw_from_latents_that_are_known(trained, tmp
 @torch.no_grad()
 def test_new_scenes_take_the_place_of_the_oldest(trained):
     """Whole: latents, names and every wording of a row are those of the new scene; the other rows stay."""
-    recipe, run = trained.recipe, trained.run
-    tokenizer, vae = make_tokenizer(recipe, run / "tokenizer"), load_vae(recipe, run, CPU)
-    renderer = SceneRenderer(trained.sprites, recipe.data.size)
-    bank = LatentBank.build(recipe, tokenizer, vae, renderer, 0, CPU)
+    recipe, (tokenizer, renderer, bank) = trained.recipe, make_bank(trained)
     before, scenes = copy.deepcopy((bank.latents, bank.names, bank.captions)), recipe.data.scenes
     fresh = Fresh(replace(recipe, teacher=replace(recipe.teacher, fresh=scenes // 4)), tokenizer, [bank], 0, 8)
     assert fresh.every == 4
@@ -351,9 +357,7 @@ def test_new_scenes_take_the_place_of_the_oldest(trained):
     assert torch.equal(bank.captions.ids, wanted.ids)
     assert torch.equal(bank.captions.lengths, wanted.lengths)
     assert not torch.equal(bank.captions.ids, before[2].ids)
-    pictures = renderer.draw(renderer.table(expected.placements), renderer.looks(expected.scenes))
-    latents = vae.latents_from_image(pictures).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(bank.latents.float(), latents, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(bank.latents.float(), latents_of(trained, renderer, expected), rtol=0.05, atol=0.05)
     bank.oldest, kept = scenes - 2, bank.latents.clone()
     bank.renew(make_scenes(recipe, 77, 5), tokenizer)  # around the end
     changed = (bank.latents != kept).flatten(1).any(1).nonzero().flatten().tolist()
