@@ -4,14 +4,15 @@
     PYTHONPATH=src python benchmarks/students.py recipes/embedded/recipe.toml --run runs/embedded --table  # again
 
 Pictures of prompts of the test split: four of each of `--count` at the recipe's size, one of each of the first 553 at
-the first of its other shapes; the teacher in the steps of its grid and in the models' own, students in the models' own.
+the first of its other shapes; the teacher in four steps, as FLUX.2 klein draws, and in the models' own, students in
+the models' own.
 Results, one folder per model, size and number of steps, lie in `RUN/judged`; what is there already is not drawn again.
 Each is drawn by `--shards` processes, of which `--at-once` run side by side. `--table` with a smaller `--count` tells
 of the first prompts alone.
 
 The table, Markdown, has scores in percent with their standard errors; `points from teacher` is the difference to
-its score at that size in the steps of its grid, with its standard error, `keeps` the ratio, `in equal steps` that
-to the teacher's in the model's own steps, with 95 % intervals by bootstrap over prompts.
+its score at that size in four steps, with its standard error, `keeps` the ratio, `in equal steps` that to the teacher's
+in the model's own steps, with 95 % intervals by bootstrap over prompts.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from linocut.train.recipe import Recipe
 TEACHER, STUDENTS = "teacher", ("ternary", "binary")
 IMAGES = (4, 1)  # of a prompt, by size
 FEW = 553  # prompts at the second size
+TEACHER_STEPS = 4
 
 
 def main() -> int:
@@ -70,7 +72,7 @@ def draw(given: argparse.Namespace, recipe: Recipe) -> None:
             export_teacher(recipe, given.run, model)
         elif not model.exists():
             export(recipe, given.run, model, {name: "transformer"})
-        models.append((name, model, recipe.path.grid if name == TEACHER else usual))
+        models.append((name, model, TEACHER_STEPS if name == TEACHER else usual))
     # What may be cut for time comes last.
     models += [(name, model, usual) for name, model, steps in models if steps != usual]
     counts = given.count, min(FEW, given.count)
@@ -100,7 +102,7 @@ def table(recipe: Recipe, out: Path, count: int) -> list[str]:
             each = [f"{100 * right[tasks == task].mean():.2f}" for task in range(len(GENEVAL_TASKS))]
             each.append(plain(score.to_dict()))
             beside = [compare(found[TEACHER, theirs], right, tasks) if (TEACHER, theirs) in found and name != TEACHER
-                      else None for theirs in (recipe.path.grid, steps)]
+                      else None for theirs in (TEACHER_STEPS, steps)]
             each.append(plain(beside[0].difference.to_dict()) if beside[0] else "")
             each += [interval(one.ratio.to_dict()) if one else "" for one in beside]
             lines.append(f"| {width}x{height} | {name} | {steps} | {' | '.join(each)} |")

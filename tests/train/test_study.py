@@ -66,6 +66,16 @@ def test_all_arms_share_what_the_study_says_and_draw_squares(trained):
     assert a.grids == b.grids == [a.tokens]
 
 
+def test_a_path_of_all_arms_is_what_they_vary_and_are_measured_by(trained):
+    (trained / "path.toml").write_text('recipe = "recipe.toml"\nseconds = 3\n[path]\ngrid = 4\n'
+                                       "substeps = [1, 1, 1, 2]\n[arms.a]\n[arms.b.path]\nsubsteps = [1, 1, 1, 1]\n")
+    study = Study.from_file(trained / "path.toml")
+    assert Recipe.from_file(trained / "recipe.toml").path.grid == 2
+    assert study.base.path == study.arms["a"].path
+    assert (study.base.path.grid, study.base.path.substeps) == (4, (1, 1, 1, 2))
+    assert (study.arms["b"].path.grid, study.arms["b"].path.substeps) == (4, (1, 1, 1, 1))
+
+
 def test_arms_that_would_take_too_long_are_left(trained, tmp_path):
     command = [sys.executable, "-m", "linocut.train.study", str(trained / "study.toml"), "--run", str(trained / "run"),
                "--out", str(tmp_path), "--until", "1"]

@@ -4,10 +4,10 @@
     python -m linocut.train.study recipes/embedded/study.toml --run runs/embedded --out runs/study --arm muon
 
 An arm is the recipe with other settings: `[qat]`, for all arms, and `[arms.NAME.qat]` replace settings of stages
-`ternary` and `binary`, `[arms.NAME.path]` those of the path. Each arm and encoding is one process on one GPU,
-`--devices` of them at a time, and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run
+`ternary` and `binary`, `[path]` and `[arms.NAME.path]` those of the path. Each arm and encoding is one process on one
+GPU, `--devices` of them at a time, and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run
 again, and what was cut goes on from its saved state. All arms draw squares, whatever shapes the recipe has, and are
-measured alike, by the recipe's own path. The table is sorted by the likeness of pictures.
+measured alike, by the path of `[path]`. The table is sorted by the likeness of pictures.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Study:
         try:
             table = tomllib.loads(path.read_text("utf-8"))
             base = Recipe.from_file(path.parent / table["recipe"])
-            base = replace(base, data=replace(base.data, shapes=()))
+            base = replace(base, data=replace(base.data, shapes=()), path=_path(base, table.get("path", {}), path))
             limit = float(seconds or table["seconds"])
             arms = {name: _arm(base, table.get("qat", {}), changes, limit, path)
                     for name, changes in table["arms"].items()}
@@ -63,17 +63,21 @@ class Study:
 def _arm(base: Recipe, shared: dict[str, Any], changes: dict[str, Any], seconds: float, path: Path) -> Recipe:
     if unknown := set(changes) - {"qat", "path"}:
         raise UsageError(f"{path}: unknown tables {sorted(unknown)} of an arm; known are qat and path")
-    qat, route = shared | changes.get("qat", {}), changes.get("path", {})
+    qat = shared | changes.get("qat", {})
     section(QatSettings, {"qat": qat}, "qat", path)
-    section(PathSettings, {"path": route}, "path", path)
     if "start" in qat:
         raise UsageError(f"{path}: all arms of a study have one beginning; take start out")
-    route = {key: tuple(value) if isinstance(value, list) else value for key, value in route.items()}
     qat = {"start": "", "max_seconds": seconds} | qat
-    arm = replace(base, path=replace(base.path, **route), ternary=replace(base.ternary, **qat),
+    arm = replace(base, path=_path(base, changes.get("path", {}), path), ternary=replace(base.ternary, **qat),
                   binary=replace(base.binary, **qat))
     arm.check(path)
     return arm
+
+
+def _path(base: Recipe, changes: dict[str, Any], path: Path) -> PathSettings:
+    """The recipe's path with other settings."""
+    wanted = section(PathSettings, {"path": changes}, "path", path)
+    return replace(base.path, **{key: getattr(wanted, key) for key in changes})
 
 
 def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path, device: str | None) -> None:
