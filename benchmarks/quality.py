@@ -4,8 +4,9 @@
     python benchmarks/quality.py recipes/embedded/quality.toml --run runs/embedded --out runs/quality    # judges them
     python benchmarks/quality.py ... --table --plot docs/quality.png                                     # tells again
 
-Every arm that is trained is packed and draws prompts of the test split, four pictures each, from the same noise as the
-teacher. The table, Markdown, has for each encoding
+Every arm that is trained (or each `--arm` of each `--encoding`) is packed and draws prompts of the test split, four
+pictures each, from the same noise as the teacher, in `--shards` processes, of which `--at-once` run side by side. The
+table, Markdown, has for each encoding
 
 - score: mean of the six tasks' means in percent, with its standard error;
 - keeps: its ratio to the teacher's, in percent;
@@ -13,7 +14,8 @@ teacher. The table, Markdown, has for each encoding
 - gap closed: the share of the way from `usual` to the teacher;
 - PSNR and edges: likeness to the teacher's pictures, and their sharpness beside it (`linocut.train.study.measure`).
 
-Intervals are of 95 %, by bootstrap over prompts. `OUT/quality.json` has it all, with the device and versions.
+Intervals are of 95 %, by bootstrap over prompts. `quality.json`, beside the results in `OUT/judged-COUNT`, has it all,
+with the device and versions.
 """
 
 import argparse
@@ -39,17 +41,22 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("--run", type=Path, required=True, help="run folder with the autoencoder and the teacher")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study's arms")
+    parser.add_argument("--arm", action="append", help="repeatable; default: all that are trained")
+    parser.add_argument("--encoding", action="append", choices=ENCODINGS, help="repeatable; default: both")
     parser.add_argument("-n", "--count", type=int, default=553, help="prompts")
     parser.add_argument("--steps", type=int, help="default: the models'")
     parser.add_argument("--size", help="pixels, as in 320x192; default: the models'")
     parser.add_argument("--detector")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="draw nothing, only tell what is there")
     parser.add_argument("--plot", type=Path, help="write the scores as a picture, too")
     given = parser.parse_args()
     study = Study.from_file(given.study)
-    arms = [(arm, encoding) for encoding in ENCODINGS for arm in study.arms
+    if unknown := set(given.arm or ()) - set(study.arms):
+        raise SystemExit(f"unknown arms {sorted(unknown)}; the study has {', '.join(study.arms)}")
+    arms = [(arm, encoding) for encoding in given.encoding or ENCODINGS for arm in given.arm or study.arms
             if (given.out / arm / REPORT.format(encoding)).is_file()]
     if not arms:
         raise SystemExit(f"{given.out}: no arm of the study is trained yet; run linocut.train.study first")
@@ -58,7 +65,7 @@ def main() -> int:
     if not given.table:
         draw(given, study, arms, judged)
     found = compared(given.out, arms, judged)
-    (given.out / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    (judged / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(table(found)))
     if given.plot:
         plot(found, given.plot)
@@ -80,7 +87,8 @@ def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], j
               "--keep", "none"]
     for name in ("steps", "size", "detector"):
         shared += [f"--{name}", str(getattr(given, name))] if getattr(given, name) else []
-    judge([Judging(judged / label, ["-m", f"{label}={model}", *shared]) for label, model in models], given.at_once)
+    judge([Judging(judged / label, ["-m", f"{label}={model}", *shared], shard=f"{shard}/{given.shards}")
+           for label, model in models for shard in range(given.shards)], given.at_once)
 
 
 def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, Any]:

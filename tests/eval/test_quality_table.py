@@ -110,8 +110,12 @@ def test_a_study_from_its_training_to_its_table(tmp_path, monkeypatch):
     assert told.count("exit code 0") == 3  # the teacher and two students
     assert told.count("| ternary |") == 2
     assert told.endswith(run(*command, "--table"))
-    found = json.loads((tmp_path / "out" / "quality.json").read_text())
+    found = json.loads((tmp_path / "out" / "judged-6" / "quality.json").read_text())
     assert set(found["ternary"]) == {"ours", "usual"}
     assert found["ternary"]["ours"]["training"]["errors"] != found["ternary"]["usual"]["training"]["errors"]
     assert torch.tensor(list(found["ternary"]["ours"]["tasks"].values())).mean() == pytest.approx(
         found["ternary"]["ours"]["score"]["value"])
+    one = run(*command[:-4], "-n", "7", "--arm", "usual", "--shards", "2")
+    assert (one.count("exit code 0"), one.count("| ternary |"), one.count("shard 1/2")) == (4, 1, 2)
+    with pytest.raises(AssertionError, match=r"unknown arms \['mine'\]; the study has ours, usual, never-trained"):
+        run(*command, "--arm", "mine")

@@ -6,16 +6,16 @@ state, and the student learns to leave it no reason. As in latent adversarial di
 the critic sees both through the frozen teacher: with noise added, by the tokens that leave each of its blocks, which
 have read the prompt. Only small heads on these tokens learn, with the hinge loss.
 
-Shape letters: B pictures, I image tokens, C channels.
+Shape letters: B pictures, I image tokens, C channels, K blocks, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import layer_norm, relu, silu
 
 from linocut.models.configs import Flux2Config
 from linocut.train.journeys import Network
@@ -25,8 +25,32 @@ from linocut.train.snapshot import part_of
 _HIDDEN = 128
 _RAMP = (0.3, 0.5)  # of the schedule, over which a student comes to be moved as strongly as the share says
 _SELDOM = 8  # before that, every so many steps the heads learn alone; what a GPU compiles for them is ready then
+_OFTEN = 2  # from then on the critic takes part in every so many steps, as strongly on average: it costs a GPU a third
 _NOISE = (0.05, 0.8)  # of what the teacher is shown: from small parts to layout
 _RATE = 5e-4
+
+
+class Heads(nn.Module):
+    """For each of `blocks` a layer norm and two linear layers, all side by side: a GPU starts few kernels for them."""
+
+    def __init__(self, blocks: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(blocks, 1, width))
+        self.shift = nn.Parameter(torch.zeros(blocks, 1, width))
+        self.inner, self.inner_bias = (_spread(blocks, rows, _HIDDEN, width) for rows in (width, 1))
+        self.outer, self.outer_bias = (_spread(blocks, rows, 1, _HIDDEN) for rows in (_HIDDEN, 1))
+
+    def forward(self, tokens: Sequence[Tensor]) -> Tensor:
+        """What the head of each block says of its tokens [B, I, C]: [K, B * I]."""
+        x = torch.stack(list(tokens)).float().flatten(1, 2)
+        x = layer_norm(x, x.shape[-1:]) * self.scale + self.shift
+        hidden = silu(torch.baddbmm(self.inner_bias, x, self.inner))
+        return torch.baddbmm(self.outer_bias, hidden, self.outer).squeeze(-1)
+
+
+def _spread(blocks: int, rows: int, columns: int, inputs: int) -> nn.Parameter:
+    """As torch begins linear layers of so many inputs."""
+    return nn.Parameter((2 * torch.rand(blocks, rows, columns) - 1) / inputs ** 0.5)
 
 
 class Critic:
@@ -36,8 +60,7 @@ class Critic:
     def __init__(self, blocks: int, width: int, share: float, ranks: Ranks,
                  saved: Mapping[str, Tensor] | None = None) -> None:
         self.share, self.ranks = share, ranks
-        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _HIDDEN), nn.SiLU(),
-                                                 nn.Linear(_HIDDEN, 1)) for _ in range(blocks)).to(ranks.device)
+        self.heads = Heads(blocks, width).to(ranks.device)
         self.optimizer = torch.optim.AdamW(self.heads.parameters(), _RATE, betas=(0.5, 0.99), weight_decay=0.01)
         self.margin = torch.zeros((), device=ranks.device)  # of the teacher's over the student's
         ranks.share(self.heads)
@@ -46,7 +69,7 @@ class Critic:
 
     def looks(self, step: int, progress: float) -> bool:
         """Whether this step is one that the critic takes part in."""
-        return progress >= _RAMP[0] or step % _SELDOM == 0
+        return step % (_SELDOM if progress < _RAMP[0] else _OFTEN) == 0
 
     def __call__(self, teacher: Network, v: Tensor, target: Tensor, x: Tensor, sigma: Tensor, text: Tensor,
                  weight: Tensor, progress: float) -> Tensor:
@@ -63,11 +86,11 @@ class Critic:
         level = low + (high - low) * torch.rand(len(x), device=x.device)
         noise = torch.randn_like(x)
         tokens = self._tokens(teacher, drawn, text, level, noise)
-        (push,) = torch.autograd.grad(-self._score(tokens).mean(), drawn)
+        (push,) = torch.autograd.grad(-self.heads(tokens).mean(), drawn)
         push = -length * push  # to the velocity
         usual = 2 * weight * (v - target).detach() / v.numel()
         begin, full = _RAMP
-        share = self.share * min(1.0, max(0.0, (progress - begin) / (full - begin)))
+        share = self.share * _OFTEN * min(1.0, max(0.0, (progress - begin) / (full - begin)))
         push = push * (share * usual.norm() / push.norm().clamp_min(1e-12))
         with torch.no_grad():
             real = self._tokens(teacher, wanted, text, level, noise)
@@ -79,20 +102,13 @@ class Critic:
         with autocast(z.device):
             return teacher.features(z + level[:, None, None] * (noise - z), text, level)
 
-    def _score(self, tokens: list[Tensor]) -> Tensor:
-        """What every head says of every token: [B, I, blocks]."""
-        return torch.cat([head(token.float()) for head, token in zip(self.heads, tokens, strict=True)], dim=-1)
-
     def _learn(self, real: list[Tensor], drawn: list[Tensor]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        margins = []
-        for head, ours, theirs in zip(self.heads, drawn, real, strict=True):  # one by one, for the sake of memory
-            good, bad = head(theirs.float()), head(ours.float())
-            ((relu(1 - good).mean() + relu(1 + bad).mean()) / len(self.heads)).backward()
-            margins.append((good.mean() - bad.mean()).detach())
+        good, bad = self.heads(real), self.heads(drawn)
+        (relu(1 - good).mean() + relu(1 + bad).mean()).backward()
+        self.margin = (good.mean() - bad.mean()).detach()
         self.ranks.average(p.grad for p in self.heads.parameters())
         self.optimizer.step()
-        self.margin = torch.stack(margins).mean()
 
     def saved(self) -> dict[str, Tensor]:
         """All that is needed to go on."""
