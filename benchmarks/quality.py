@@ -4,8 +4,8 @@
     python benchmarks/quality.py recipes/embedded/quality.toml --run runs/embedded --out runs/quality    # judges them
     python benchmarks/quality.py ... --table --plot docs/quality.png                                     # tells again
 
-Every arm that is trained (or each `--arm` of each `--encoding`) is packed and draws prompts of the test split, four
-pictures each, from the same noise as the teacher, in `--shards` processes, of which `--at-once` run side by side. The
+Every arm that is trained (or each `--arm` of each `--encoding`) draws prompts of the test split, four pictures each,
+from the same noise as the teacher, in `--shards` processes, of which `--at-once` run side by side. The
 table, Markdown, has for each encoding
 
 - score: mean of the six tasks' means in percent, with its standard error;
@@ -30,8 +30,8 @@ from judging import Judging, judge, outcomes
 
 from linocut.eval.rules import GENEVAL_TASKS
 from linocut.eval.statistics import compare, gap_closed, scores
-from linocut.train.export import export, export_teacher
-from linocut.train.study import ENCODINGS, REPORT, Study
+from linocut.train.export import export_teacher
+from linocut.train.study import ENCODINGS, MODEL, REPORT, Study
 
 TEACHER, USUAL, IMAGES = "teacher", "usual", 4
 
@@ -73,16 +73,12 @@ def main() -> int:
 
 
 def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], judged: Path) -> None:
-    """Pack what was trained, and judge its pictures and the teacher's."""
+    """Judge the pictures of what was trained, and the teacher's."""
     teacher = given.out / "teacher-model"
     if not teacher.exists():
         export_teacher(study.base, given.run, teacher)
-    models = [(TEACHER, teacher)]
-    for arm, encoding in arms:
-        model = given.out / arm / f"model-{encoding}"
-        if not model.exists():
-            export(study.arms[arm], given.out / arm, model, {encoding: "transformer"})
-        models.append((f"{arm}.{encoding}", model))
+    models = [(TEACHER, teacher),
+              *((f"{arm}.{encoding}", given.out / arm / MODEL.format(encoding)) for arm, encoding in arms)]
     shared = ["--split", "test", "-n", str(given.count), "--images", str(IMAGES), "--device", given.device,
               "--keep", "none"]
     for name in ("steps", "size", "detector"):

@@ -121,16 +121,34 @@ class Conductor:
         self.say("all done")
 
     def study(self) -> None:
-        """Arms one after another, as long as there is time; then all that are there are judged, and packed."""
+        """Arms one after another, as long as there is time, each packed as it ends; then they are judged."""
         plan = self.plan
         shared = [plan.study, "--run", str(self.folder), "--out", str(self.folder / "study")]
         arms = [sys.executable, "-m", "linocut.train.study", *shared, "--device", plan.device, "--devices",
                 str(plan.devices), "--until", str(self.started + plan.students)]
+        over = threading.Event()
+        packing = threading.Thread(target=self.pack_arms, args=(over,))
+        packing.start()
         self.attempt("study", plan.students, [Task("study", arms)])
+        over.set()
+        packing.join()
         self.judge("quality.py", *shared)
-        # No latent weights, nothing twice.
-        self.pack("model", *self.files("study/*", "study/*/*.*", "study/*/model-*/transformer/*", "study/judged*/**/*"))
+        self.pack("judged", *self.files("study/*", "study/judged*/**/*"))
         self.say("all done")
+
+    def pack_arms(self, over: threading.Event) -> None:
+        """Each arm and encoding as its report is there, until the study is over: no latent weights."""
+        packed = set[Path]()
+        while True:
+            last = over.is_set()  # whatever is there by then is packed in this turn
+            for report in sorted(set(self.folder.glob("study/*/*.report.json")) - packed):
+                packed.add(report)
+                arm, encoding = report.parent.name, report.name.partition(".")[0]
+                self.pack(f"arm-{arm}-{encoding}", *self.files(
+                    f"study/{arm}/{encoding}.*", f"study/{arm}/model-{encoding}/transformer/*"))
+            if last:
+                return
+            over.wait(1.0)
 
     def judge(self, script: str, *arguments: str) -> None:
         plan = self.plan
@@ -311,9 +329,10 @@ def take_home(root: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     taken = root / "taken"
     seen = set(taken.read_text().split()) if taken.exists() else set()
-    order = ("model", "judged", "loss", "vae", "teacher", *STUDENTS)
+    order = ("model", "judged", "loss", "vae", "teacher", *STUDENTS)  # and before all of them a study's arms
+    rank = dict(zip(order, range(len(order)), strict=True))
     parts = sorted((path for path in (root / "parts").glob("*.tar.*") if path.name not in seen),
-                   key=lambda path: (order.index(path.name.split(".")[0]), path.name))
+                   key=lambda path: (rank.get(path.name.split(".")[0], -1), path.name))
     room, count = HOME_BYTES, HOME_FILES
     for path in parts:
         if path.stat().st_size <= room and count:

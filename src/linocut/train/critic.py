@@ -25,7 +25,7 @@ from linocut.train.snapshot import part_of
 _HIDDEN = 128
 _RAMP = (0.3, 0.5)  # of the schedule, over which a student comes to be moved as strongly as the share says
 _SELDOM = 8  # before that, every so many steps the heads learn alone; what a GPU compiles for them is ready then
-_OFTEN = 2  # from then on the critic takes part in every so many steps, as strongly on average: it costs a GPU a third
+_OFTEN = 2  # then it takes part in every so many, as strongly on average: a GPU spends a third of such a step on it
 _NOISE = (0.05, 0.8)  # of what the teacher is shown: from small parts to layout
 _RATE = 5e-4
 

@@ -33,7 +33,7 @@ ENCODINGS = ("ternary", "binary")
 SHARED = ("teacher", "vae", "tokenizer")  # of the run folder
 PROMPTS = 256  # of split dev, on which arms are measured
 SETUP = 30.0  # seconds of an arm beside its training, about
-REPORT = "{}.report.json"
+REPORT, MODEL = "{}.report.json", "model-{}"  # what is left of an arm and encoding, beside the student itself
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ def _path(base: Recipe, changes: dict[str, Any], path: Path) -> PathSettings:
 
 
 def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path, device: str | None) -> None:
-    """Train one student of the teacher in `run` and leave it, and its report by `base`, in `folder`."""
+    """Train one student of the teacher in `run` and leave it, packed too, and its report by `base`, in `folder`."""
     from linocut.train.distill import train_quantized
+    from linocut.train.export import export
     from linocut.train.loop import Ranks, stop_in_order
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,7 @@ def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path
     train_quantized(recipe, encoding, folder, ranks)
     seconds = round(time.monotonic() - began, 1)
     found = measure(replace(recipe, path=base.path), encoding, folder, ranks.device) | {"seconds": seconds}
+    export(recipe, folder, folder / MODEL.format(encoding), {encoding: "transformer"})
     atomic_write_bytes(folder / REPORT.format(encoding), (json.dumps(found) + "\n").encode())
 
 
