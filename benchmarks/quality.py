@@ -5,13 +5,15 @@
     python benchmarks/quality.py ... --table --plot docs/quality.png                                     # tells again
 
 Every arm that is trained (or each `--arm` of each `--encoding`) draws prompts of the test split, four pictures each,
-from the same noise as the teacher, in `--shards` processes, of which `--at-once` run side by side. The
-table, Markdown, has for each encoding
+from the same noise as the teacher, in `--shards` processes, of which `--at-once` run side by side. The table, Markdown,
+is of all arms that are judged. It has for each encoding
 
+- steps: of training, up to the last one that was logged;
 - score: mean of the six tasks' means in percent, with its standard error;
 - keeps: its ratio to the teacher's, in percent;
 - from usual: the difference to the arm `usual`, in points, and McNemar's p;
 - gap closed: the share of the way from `usual` to the teacher;
+- from ours: the difference to the arm `ours`, in points, which is what the part that was left out is worth;
 - PSNR and edges: likeness to the teacher's pictures, and their sharpness beside it (`linocut.train.study.measure`).
 
 Intervals are of 95 %, by bootstrap over prompts. `quality.json`, beside the results in `OUT/judged-COUNT`, has it all,
@@ -20,6 +22,7 @@ with the device and versions.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from linocut.eval.statistics import compare, gap_closed, scores
 from linocut.train.export import export_teacher
 from linocut.train.study import ENCODINGS, MODEL, REPORT, Study
 
-TEACHER, USUAL, IMAGES = "teacher", "usual", 4
+TEACHER, USUAL, OURS, IMAGES = "teacher", "usual", "ours", 4
 
 
 def main() -> int:
@@ -56,15 +59,18 @@ def main() -> int:
     study = Study.from_file(given.study)
     if unknown := set(given.arm or ()) - set(study.arms):
         raise SystemExit(f"unknown arms {sorted(unknown)}; the study has {', '.join(study.arms)}")
-    arms = [(arm, encoding) for encoding in given.encoding or ENCODINGS for arm in given.arm or study.arms
-            if (given.out / arm / REPORT.format(encoding)).is_file()]
+    trained = [(arm, encoding) for encoding in ENCODINGS for arm in study.arms
+               if (given.out / arm / REPORT.format(encoding)).is_file()]
+    arms = [(arm, encoding) for arm, encoding in trained
+            if arm in (given.arm or study.arms) and encoding in (given.encoding or ENCODINGS)]
     if not arms:
-        raise SystemExit(f"{given.out}: no arm of the study is trained yet; run linocut.train.study first")
+        raise SystemExit(f"{given.out}: no such arm of the study is trained yet; run linocut.train.study first")
     judged = given.out / "-".join(["judged", str(given.count), *([given.size] if given.size else []),
                                    *([f"{given.steps}-steps"] if given.steps else [])])
     if not given.table:
         draw(given, study, arms, judged)
-    found = compared(given.out, arms, judged)
+    there = [(arm, encoding) for arm, encoding in trained if (judged / f"{arm}.{encoding}").is_dir()]
+    found = compared(given.out, there, judged)
     (judged / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(table(found)))
     if given.plot:
@@ -76,15 +82,26 @@ def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], j
     """Judge the pictures of what was trained, and the teacher's."""
     teacher = given.out / "teacher-model"
     if not teacher.exists():
-        export_teacher(study.base, given.run, teacher)
-    models = [(TEACHER, teacher),
-              *((f"{arm}.{encoding}", given.out / arm / MODEL.format(encoding)) for arm, encoding in arms)]
+        partial = teacher.with_suffix(".partial")
+        export_teacher(study.base, given.run, partial)
+        partial.rename(teacher)
+    models = {f"{arm}.{encoding}": given.out / arm / MODEL.format(encoding) for arm, encoding in arms}
+    complete(list(models.values()))
+    models = {TEACHER: teacher} | models
     shared = ["--split", "test", "-n", str(given.count), "--images", str(IMAGES), "--device", given.device,
               "--keep", "none"]
     for name in ("steps", "size", "detector"):
         shared += [f"--{name}", str(getattr(given, name))] if getattr(given, name) else []
     judge([Judging(judged / label, ["-m", f"{label}={model}", *shared], shard=f"{shard}/{given.shards}")
-           for label, model in models for shard in range(given.shards)], given.at_once)
+           for label, model in models.items() for shard in range(given.shards)], given.at_once)
+
+
+def complete(models: list[Path]) -> None:
+    """Arms may come home from a lent machine as transformers alone; the rest is the same for all."""
+    whole = [model for model in models if (model / "model_index.json").is_file()]
+    for model in models:
+        if whole and model not in whole:
+            shutil.copytree(whole[0], model, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
 
 
 def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, Any]:
@@ -96,7 +113,8 @@ def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, 
     found: dict[str, Any] = {"device": facts(), "prompts": len(tasks), "images": IMAGES,
                              TEACHER: {"score": estimates[TEACHER].to_dict()}}
     for arm, encoding in arms:
-        label, usual = f"{arm}.{encoding}", right.get(f"{USUAL}.{encoding}")
+        label = f"{arm}.{encoding}"
+        usual, ours = (right.get(f"{other}.{encoding}") for other in (USUAL, OURS))
         row: dict[str, Any] = {"score": estimates[label].to_dict(),
                                "keeps": compare(right[TEACHER], right[label], tasks).ratio.to_dict(),
                                "tasks": {name: float(right[label][tasks == index].mean())
@@ -106,6 +124,8 @@ def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, 
             against = compare(usual, right[label], tasks)
             row |= {"difference": against.difference.to_dict(), "mcnemar_p": against.p,
                     "gap_closed": gap_closed(right[TEACHER], usual, right[label], tasks).to_dict()}
+        if ours is not None and arm != OURS:
+            row["from_ours"] = compare(ours, right[label], tasks).difference.to_dict()
         found.setdefault(encoding, {})[arm] = row
     return found
 
@@ -119,7 +139,7 @@ def interval(each: dict[str, Any], digits: int = 1, sign: str = "") -> str:
     """Value and interval in percent; nothing for a ratio to nothing."""
     if None in each.values():
         return "none"
-    value, low, high = (f"{100 * each[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{round(100 * each[key], digits) + 0.0:{sign}.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 
@@ -127,17 +147,17 @@ def table(found: dict[str, Any]) -> list[str]:
     """The comparison in Markdown."""
     lines = [f"{found['prompts']} prompts x {found['images']}, {found['device']['name']}; teacher "
              f"{plain(found[TEACHER]['score'])}", "",
-             "| encoding | arm | score | keeps | from usual | gap closed | PSNR | edges |",
-             "|---|---|---:|---:|---:|---:|---:|---:|"]
+             "| encoding | arm | steps | score | keeps | from usual | gap closed | from ours | PSNR | edges |",
+             "|---|---|" + "---:|" * 8]
     for encoding in ENCODINGS:
         for arm, row in sorted(found.get(encoding, {}).items(), key=lambda each: -each[1]["score"]["value"]):
             trained = row["training"]
-            beside = ["", ""]
+            beside = ["", "", interval(row["from_ours"], sign="+") if "from_ours" in row else ""]
             if "difference" in row:
-                beside = [f"{interval(row['difference'], sign='+')}, p {row['mcnemar_p']:.1g}",
-                          interval(row["gap_closed"], 0)]
+                beside[:2] = [f"{interval(row['difference'], sign='+')}, p {row['mcnemar_p']:.1g}",
+                              interval(row["gap_closed"], 0)]
             lines.append("| " + " | ".join([
-                encoding, arm, plain(row["score"]), interval(row["keeps"]), *beside,
+                encoding, arm, f"{trained['steps']:,}", plain(row["score"]), interval(row["keeps"]), *beside,
                 f"{trained['psnr_default']:.2f}", f"{trained['edges_default']:.3f}"]) + " |")
     return lines
 

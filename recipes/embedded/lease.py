@@ -29,6 +29,7 @@ import sys
 import tarfile
 import threading
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,32 +124,41 @@ class Conductor:
     def study(self) -> None:
         """Arms one after another, as long as there is time, each packed as it ends; then they are judged."""
         plan = self.plan
-        shared = [plan.study, "--run", str(self.folder), "--out", str(self.folder / "study")]
-        arms = [sys.executable, "-m", "linocut.train.study", *shared, "--device", plan.device, "--devices",
-                str(plan.devices), "--until", str(self.started + plan.students)]
+        common = [plan.study, "--run", str(self.folder)]
+        train = [sys.executable, "-m", "linocut.train.study", *common, "--device", plan.device]
+        out = ["--out", str(self.folder / "study")]
+        if plan.device == "cuda":  # what is compiled for the first arm is there for all others, and counts for none
+            arm = next(iter(tomllib.loads((self.root / "code" / plan.study).read_text())["arms"]))
+            warm = ["--out", str(self.root / "rehearsal"), "--arm", arm, "--encoding", "ternary", "--seconds", "60"]
+            self.attempt("rehearsal", plan.students,
+                         [Task("rehearsal", [*train, *warm], {"CUDA_VISIBLE_DEVICES": "0"})])
         over = threading.Event()
-        packing = threading.Thread(target=self.pack_arms, args=(over,))
+        packing = threading.Thread(target=self.pack_arms, args=(over,), daemon=True)
         packing.start()
-        self.attempt("study", plan.students, [Task("study", arms)])
-        over.set()
+        self.attempt("study", plan.students, [Task("study", [
+            *train, *out, "--devices", str(plan.devices), "--until", str(self.started + plan.students)])])
+        self.judge("quality.py", *common, *out)
+        over.set()  # not before: an arm may be late
         packing.join()
-        self.judge("quality.py", *shared)
         self.pack("judged", *self.files("study/*", "study/judged*/**/*"))
         self.say("all done")
 
     def pack_arms(self, over: threading.Event) -> None:
-        """Each arm and encoding as its report is there, until the study is over: no latent weights."""
-        packed = set[Path]()
-        while True:
-            last = over.is_set()  # whatever is there by then is packed in this turn
-            for report in sorted(set(self.folder.glob("study/*/*.report.json")) - packed):
-                packed.add(report)
-                arm, encoding = report.parent.name, report.name.partition(".")[0]
-                self.pack(f"arm-{arm}-{encoding}", *self.files(
-                    f"study/{arm}/{encoding}.*", f"study/{arm}/model-{encoding}/transformer/*"))
-            if last:
-                return
-            over.wait(1.0)
+        """Each arm and encoding as its report is there, until all is over: no latent weights, and what models share
+        (`benchmarks/quality.py` completes the others) of one of them."""
+        try:
+            last = False
+            while not last:
+                last = over.wait(1.0)
+                for report in sorted(self.folder.glob("study/*/*.report.json")):
+                    arm, encoding = report.parent.name, report.name.partition(".")[0]
+                    name = f"arm-{arm}-{encoding}"
+                    if not (self.root / "parts" / f"{name}.tar.00").exists():
+                        part = "transformer" if any(self.root.glob("parts/arm-*")) else "**"
+                        self.pack(name, *self.files(f"study/{arm}/{encoding}.*",
+                                                    f"study/{arm}/model-{encoding}/{part}/*"))
+        except OSError as error:
+            self.say(f"packing FAILED: {error}")
 
     def judge(self, script: str, *arguments: str) -> None:
         plan = self.plan
@@ -325,7 +335,7 @@ def watch(options: argparse.Namespace) -> None:
 
 
 def take_home(root: Path, target: Path) -> None:
-    """Copy parts that were not taken yet, the model's first, as many as may come home at once."""
+    """Copy parts that were not taken yet, models first, as many as may come home at once."""
     target.mkdir(parents=True, exist_ok=True)
     taken = root / "taken"
     seen = set(taken.read_text().split()) if taken.exists() else set()

@@ -17,7 +17,7 @@ from linocut.train.recipe import Recipe
 from linocut.train.study import REPORT
 
 ROOT = Path(__file__).parents[2]
-TRAINED = {"psnr_default": 21.5, "edges_default": 0.93}
+TRAINED = {"psnr_default": 21.5, "edges_default": 0.93, "steps": 1501}
 
 
 @pytest.fixture
@@ -54,15 +54,32 @@ def test_the_table_tells_what_was_judged(tmp_path, quality):
     assert ours["mcnemar_p"] == pytest.approx(2.0 ** -29)  # 30 pictures that the usual way alone gets wrong
     assert "difference" not in usual
     lines = quality.table(found)
-    assert lines[4].startswith("| binary | ours | 62.50 +- ")
+    assert lines[4].startswith("| binary | ours | 1,501 | 62.50 +- ")
     assert "| +12.5 (+" in lines[4]
     assert "| 25 (" in lines[4]
-    assert lines[5].endswith("| 50.0 (50.0 to 50.0) |  |  | 21.50 | 0.930 |")
+    assert "| 50.0 (50.0 to 50.0) |  |  | -12.5 (-" in lines[5]
+    assert lines[5].endswith(" | 21.50 | 0.930 |")
+    assert quality.interval({"value": -1e-9, "low": -0.01, "high": 1e-9}, sign="+") == "+0.0 (-1.0 to +0.0)"
     quality.plot(found, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width == 650
 
 
-def test_students_are_compared_in_the_grids_steps_and_in_equal_ones(tmp_path, monkeypatch, capsys):
+def test_arms_that_came_home_as_transformers_are_completed(tmp_path, quality):
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    for model in (whole, bare):
+        (model / "transformer").mkdir(parents=True)
+        (model / "transformer" / "weights").write_text(model.name)
+    quality.complete([bare, whole])  # nothing to complete with
+    assert [path.name for path in bare.iterdir()] == ["transformer"]
+    (whole / "vae").mkdir()
+    (whole / "vae" / "weights").write_text("shared")
+    (whole / "model_index.json").write_text("{}")
+    quality.complete([bare, whole])
+    assert {path.name for path in bare.iterdir()} == {"transformer", "vae", "model_index.json"}
+    assert (bare / "transformer" / "weights").read_text() == "bare"
+
+
+def test_students_are_compared_in_four_steps_of_the_teacher_and_in_equal_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     students, prompts = importlib.import_module("students"), sample_prompts("test", 60)
     for name, steps, right in (("teacher", 4, 2), ("teacher", 8, 4), ("binary", 8, 3)):
@@ -101,7 +118,7 @@ def test_a_study_from_its_training_to_its_table(tmp_path, monkeypatch):
 
     run("-m", "linocut.train.stages", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), *stages,
         "--device", "cpu")
-    with pytest.raises(AssertionError, match="no arm of the study is trained yet"):
+    with pytest.raises(AssertionError, match="no such arm of the study is trained yet"):
         run(str(ROOT / "benchmarks" / "quality.py"), str(tmp_path / "study.toml"), *where)
     run("-m", "linocut.train.study", str(tmp_path / "study.toml"), *where, *arms, "--encoding", "ternary")
     command = [str(ROOT / "benchmarks" / "quality.py"), str(tmp_path / "study.toml"), *where, "-n", "6",
@@ -115,7 +132,9 @@ def test_a_study_from_its_training_to_its_table(tmp_path, monkeypatch):
     assert found["ternary"]["ours"]["training"]["errors"] != found["ternary"]["usual"]["training"]["errors"]
     assert torch.tensor(list(found["ternary"]["ours"]["tasks"].values())).mean() == pytest.approx(
         found["ternary"]["ours"]["score"]["value"])
-    one = run(*command[:-4], "-n", "7", "--arm", "usual", "--shards", "2")
-    assert (one.count("exit code 0"), one.count("| ternary |"), one.count("shard 1/2")) == (4, 1, 2)
+    one = [*command[:-4], "-n", "7", "--shards", "2", "--arm"]
+    told = run(*one, "usual")
+    assert (told.count("exit code 0"), told.count("shard 1/2"), told.count("| ternary |")) == (4, 2, 1)
+    assert run(*one, "ours").count("| ternary |") == 2  # what was judged before is told again
     with pytest.raises(AssertionError, match=r"unknown arms \['mine'\]; the study has ours, usual, never-trained"):
         run(*command, "--arm", "mine")

@@ -1,4 +1,7 @@
-"""The critic: what it tells apart, and which way it moves a student."""
+"""The critic: what it tells apart, which way it moves a student, and when."""
+
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from torch import Tensor
 
 from linocut.train.critic import Critic
 from linocut.train.loop import Ranks
+from linocut.train.qat import Distillation
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNTS = torch.tensor(0.25)
@@ -75,3 +79,41 @@ def test_a_critic_goes_on_where_it_was():
     assert all(torch.equal(value, again.saved()[name]) for name, value in first.saved().items())
     fresh = Critic(2, 5, 0.5, ALONE, Critic(2, 5, 0.5, ALONE).saved())  # saved before its first batch
     fresh(Plain(), v, target, x, sigma, text, COUNTS, 1.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_batch_meets_the_critic_in_every_other_of_its_steps(count, accumulate):
+    met: Counter[int] = Counter()
+    critic = Critic(2, 5, 0.5, ALONE)
+    x = torch.zeros(4, 6, 4)
+
+    class Counting:
+        looks = critic.looks
+
+        def __call__(self, teacher: int, v: Tensor, *_: object) -> Tensor:
+            met[teacher] += 1
+            return v.sum()
+
+    class Objective:
+        errors = torch.zeros(2)
+
+        def __call__(self, v: Tensor, *_: object) -> Tensor:
+            return v.square().mean()
+
+        def last_counts(self, weight: Tensor) -> Tensor:
+            return weight
+
+    def batch(number: int) -> SimpleNamespace:
+        network = SimpleNamespace(velocity=lambda *_: torch.zeros_like(x).requires_grad_(True))
+        return SimpleNamespace(
+            teacher=number, student=network, x=x, student_text=x, teacher_text=x, weight=torch.ones(()),
+            depart=lambda *_: None, target=lambda _: x, sigma=lambda _: torch.ones(4), stage=lambda _: torch.zeros(4),
+            last=lambda _: slice(0, 2), move=lambda *_: None)
+
+    loop = SimpleNamespace(settings=SimpleNamespace(on_policy=0.5, accumulate=accumulate), ranks=ALONE, student=None,
+                           schedule=SimpleNamespace(progress=1.0), critic=Counting(), objective=Objective())
+    batches = [batch(number) for number in range(count)]
+    for step in range(24):
+        Distillation._learn(loop, step, batches)  # type: ignore[arg-type]
+    assert met == dict.fromkeys(range(count), 24 * accumulate // count // 2)

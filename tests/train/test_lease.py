@@ -88,21 +88,24 @@ def test_a_study_is_trained_judged_and_packed_without_what_is_large(tmp_path, mo
     assert made.plan.teacher == 1600 - lease.ENDING - 950
     monkeypatch.setattr(made, "attempt", lambda name, *_, **__: ran.append(name) or True)
     made.folder.joinpath("vae.done").touch()
+    made.root.joinpath("code", "study.toml").write_text("seconds = 1\n[arms.ours]\n[arms.usual]\n")
     for path in ("ours/binary/model.safetensors", "ours/teacher/x", "ours/model-binary/transformer/x",
+                 "ours/model-binary/vae/x", "usual/model-binary/transformer/x", "usual/model-binary/vae/x",
                  "ours/binary.report.json", "usual/binary.report.json", "teacher-model/x", "usual.binary.log",
                  "judged-553/quality.json", "judged-553/ours.binary/report.json"):
         made.folder.joinpath("study", path).parent.mkdir(parents=True, exist_ok=True)
         made.folder.joinpath("study", path).write_text(path)
     made.conduct()
-    assert ran == ["teacher", "study", "judging"]
+    assert ran == ["teacher", "rehearsal", "study", "judging"]
     lease.take_home(made.root, tmp_path / "home")
     assert {path.name for path in (tmp_path / "home").iterdir()} == {
         "arm-ours-binary.tar.00", "arm-usual-binary.tar.00", "judged.tar.00"}
     lease.join(lease.argparse.Namespace(folder=tmp_path / "home", out=tmp_path / "joined"))
     found = {path.relative_to(tmp_path / "joined" / "study").as_posix() for path in tmp_path.glob("joined/study/**/*")
              if path.is_file()}
-    assert found == {"ours/model-binary/transformer/x", "ours/binary.report.json", "usual/binary.report.json",
-                     "usual.binary.log", "judged-553/quality.json", "judged-553/ours.binary/report.json"}
+    assert found == {"ours/model-binary/transformer/x", "ours/model-binary/vae/x", "ours/binary.report.json",
+                     "usual/model-binary/transformer/x", "usual/binary.report.json", "usual.binary.log",
+                     "judged-553/quality.json", "judged-553/ours.binary/report.json"}
 
 
 def test_results_come_home_in_parts_and_are_joined(tmp_path, monkeypatch, capsys):

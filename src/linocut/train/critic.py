@@ -6,7 +6,7 @@ state, and the student learns to leave it no reason. As in latent adversarial di
 the critic sees both through the frozen teacher: with noise added, by the tokens that leave each of its blocks, which
 have read the prompt. Only small heads on these tokens learn, with the hinge loss.
 
-Shape letters: B pictures, I image tokens, C channels, K blocks, H hidden.
+Shape letters: B pictures, I image tokens, C channels, K blocks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _spread(blocks: int, rows: int, columns: int, inputs: int) -> nn.Parameter:
 
 class Critic:
     """A head for each of the teacher's `blocks`, `width` wide, and their optimizer. `share`: how strongly a student is
-    moved, as a part of how strongly the squared errors of its last steps move it."""
+    moved on average, as a part of how strongly the squared errors of its last steps move it."""
 
     def __init__(self, blocks: int, width: int, share: float, ranks: Ranks,
                  saved: Mapping[str, Tensor] | None = None) -> None:
@@ -68,7 +68,7 @@ class Critic:
             self._restore(saved)
 
     def looks(self, step: int, progress: float) -> bool:
-        """Whether this step is one that the critic takes part in."""
+        """Whether this step of a batch is one that the critic takes part in."""
         return step % (_SELDOM if progress < _RAMP[0] else _OFTEN) == 0
 
     def __call__(self, teacher: Network, v: Tensor, target: Tensor, x: Tensor, sigma: Tensor, text: Tensor,

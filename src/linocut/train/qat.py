@@ -125,7 +125,7 @@ class Distillation:
                 v = (batch.student or self.student).velocity(batch.x, batch.student_text, sigma)
             loss = self.objective(v, target, batch.x, sigma, stage, batch.weight)
             losses.append(loss.detach())
-            if self.critic is not None and self.critic.looks(step, progress):
+            if self.critic is not None and self.critic.looks(own, progress):  # each batch as often
                 rows = batch.last(own)
                 loss = loss + self.critic(batch.teacher, v[rows], target[rows], batch.x[rows], sigma[rows],
                                           batch.teacher_text[rows], self.objective.last_counts(batch.weight), progress)

@@ -147,7 +147,7 @@ class QatSettings(StageSettings):
     `sheet_every` steps (0 for never) the averaged student draws the held-out prompts. `muon` orthogonalizes the updates
     of block matrices; `dense_lr` (0: the same as `lr`) is the learning rate of all other tensors. A share `pixels` of
     what a latent channel counts goes by how much it shows in the picture (`visibility`). With `critic` the last steps
-    also learn to pass for the teacher's, moved that much as strongly as by their squared errors."""
+    also learn to pass for the teacher's, on average moved that much as strongly as by their squared errors."""
 
     scenes: int = 100_000
     calibrate: int = 0

@@ -5,9 +5,10 @@
 
 An arm is the recipe with other settings: `[qat]`, for all arms, and `[arms.NAME.qat]` replace settings of stages
 `ternary` and `binary`, `[path]` and `[arms.NAME.path]` those of the path. Each arm and encoding is one process on one
-GPU, `--devices` of them at a time, and leaves `OUT/ARM/ENCODING.report.json` when it is over; what is there is not run
-again, and what was cut goes on from its saved state. All arms draw squares, whatever shapes the recipe has, and are
-measured alike, by the path of `[path]`. The table is sorted by the likeness of pictures.
+GPU, `--devices` of them at a time, and leaves `OUT/ARM/ENCODING.report.json` and a model folder, `model-ENCODING`,
+when it is over; what is there is not run again, and what was cut goes on from its saved state. All arms draw squares,
+whatever shapes the recipe has, and are measured alike, by the path of `[path]` or else the recipe's. The table is
+sorted by the likeness of pictures.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from linocut.errors import UsageError
 from linocut.formats.writer import atomic_write_bytes
 from linocut.train.recipe import PathSettings, QatSettings, Recipe, section
+from linocut.train.stages import WEIGHTS
 
 ENCODINGS = ("ternary", "binary")
 SHARED = ("teacher", "vae", "tokenizer")  # of the run folder
@@ -55,8 +57,8 @@ class Study:
             arms = {name: _arm(base, table.get("qat", {}), changes, limit, path)
                     for name, changes in table["arms"].items()}
         except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-            raise UsageError(f"{path}: not a readable study (keys recipe and seconds, tables arms.NAME): "
-                             f"{error!r}") from error
+            raise UsageError(f"{path}: not a readable study (keys recipe and seconds, tables arms.NAME, perhaps qat "
+                             f"and path): {error!r}") from error
         return cls(arms, base, limit)
 
 
@@ -92,10 +94,11 @@ def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path
             (folder / name).symlink_to((run / name).resolve())
     ranks = Ranks.start(device)
     stop_in_order()
-    began = time.monotonic()
-    train_quantized(recipe, encoding, folder, ranks)
-    seconds = round(time.monotonic() - began, 1)
-    found = measure(replace(recipe, path=base.path), encoding, folder, ranks.device) | {"seconds": seconds}
+    if not (folder / encoding / WEIGHTS).is_file():  # else only what follows was cut
+        train_quantized(recipe, encoding, folder, ranks)
+    last = json.loads((folder / f"{encoding}.jsonl").read_text().splitlines()[-1])
+    found = measure(replace(recipe, path=base.path), encoding, folder, ranks.device)
+    found |= {"seconds": last["seconds"], "steps": last["step"] + 1}
     export(recipe, folder, folder / MODEL.format(encoding), {encoding: "transformer"})
     atomic_write_bytes(folder / REPORT.format(encoding), (json.dumps(found) + "\n").encode())
 
