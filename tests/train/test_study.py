@@ -130,6 +130,20 @@ def test_the_command_runs_every_arm_once(trained):
     assert table(trained / "out", ["muon"]).count("\n") == 1
 
 
+def test_an_arm_that_breaks_fails_the_command_but_not_the_others(trained, tmp_path):
+    (tmp_path / "plain").write_text("where its folder should be")
+    command = [sys.executable, "-m", "linocut.train.study", str(trained / "study.toml"), "--run", str(trained / "run"),
+               "--out", str(tmp_path), "--encoding", "binary", "--device", "cpu", "--devices", "2"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"an arm broke: see the logs in {tmp_path}" in done.stderr
+    assert "FileExistsError" in (tmp_path / "plain.binary.log").read_text()
+    assert "muon" in done.stdout
+    assert (tmp_path / "muon" / REPORT.format("binary")).is_file()
+    assert (tmp_path / "muon" / "model-binary" / "model_index.json").is_file()
+
+
 def test_an_arm_is_measured_by_the_path_of_the_recipe(trained, tmp_path, monkeypatch):
     text = (trained / "study.toml").read_text() + "[arms.single.path]\nsubsteps = [1, 1]\n"
     (trained / "single.toml").write_text(text)

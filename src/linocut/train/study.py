@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -90,7 +91,7 @@ def run_arm(recipe: Recipe, base: Recipe, encoding: str, run: Path, folder: Path
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in SHARED:
-        if not (folder / name).exists():
+        with suppress(FileExistsError):  # the arm's other encoding may begin at the same time
             (folder / name).symlink_to((run / name).resolve())
     ranks = Ranks.start(device)
     stop_in_order()
@@ -163,16 +164,16 @@ def measure(recipe: Recipe, encoding: str, folder: Path, device: Any) -> dict[st
     return {"errors": errors, "picture": wrong / energy, **found}
 
 
-def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> None:
-    """Run arms that are not done yet, one per device at a time."""
-    waiting, running = list(jobs), dict[int, subprocess.Popen[bytes]]()
+def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> bool:
+    """Run arms that are not done yet, one per device at a time. Whether all that began came to a good end."""
+    waiting, running, good = list(jobs), dict[int, subprocess.Popen[bytes]](), True
     while waiting or running:
         if waiting and time.time() + options.expected > options.until:
             print(f"no time for {', '.join(' '.join(job) for job in waiting)}", flush=True)
             waiting.clear()
         for slot in range(options.devices):
             if slot in running and running[slot].poll() is not None:
-                del running[slot]
+                good = not running.pop(slot).returncode and good
             if slot not in running and waiting:
                 arm, encoding = waiting.pop(0)
                 options.out.mkdir(parents=True, exist_ok=True)
@@ -184,6 +185,7 @@ def conduct(options: argparse.Namespace, jobs: list[tuple[str, str]]) -> None:
                     running[slot] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                                      env=os.environ | {"CUDA_VISIBLE_DEVICES": str(slot)})
         time.sleep(0.2)
+    return good
 
 
 def table(out: Path, names: list[str]) -> str:
@@ -218,12 +220,15 @@ def main() -> None:
         raise SystemExit(f"unknown arms {sorted(unknown)}; the study has {', '.join(study.arms)}")
     jobs = [(arm, encoding) for arm in names for encoding in encodings
             if not (options.out / arm / REPORT.format(encoding)).is_file()]
+    good = True
     if options.arm and len(names) * len(encodings) == 1:
         for arm, encoding in jobs:
             run_arm(study.arms[arm], study.base, encoding, options.run, options.out / arm, options.device)
     else:
-        conduct(options, jobs)
+        good = conduct(options, jobs)
     print(table(options.out, names), flush=True)
+    if not good:
+        raise SystemExit(f"an arm broke: see the logs in {options.out}; the same command runs it again")
 
 
 if __name__ == "__main__":
