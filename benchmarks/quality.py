@@ -63,8 +63,9 @@ def main() -> int:
                if (given.out / arm / REPORT.format(encoding)).is_file()]
     arms = [(arm, encoding) for arm, encoding in trained
             if arm in (given.arm or study.arms) and encoding in (given.encoding or ENCODINGS)]
-    if not arms:
-        raise SystemExit(f"{given.out}: no such arm of the study is trained yet; run linocut.train.study first")
+    missing = set(given.arm or study.arms) - {arm for arm, _ in arms}
+    if missing and (given.arm or not arms):
+        raise SystemExit(f"{given.out}: not trained yet: {', '.join(sorted(missing))}; run linocut.train.study first")
     judged = given.out / "-".join(["judged", str(given.count), *([given.size] if given.size else []),
                                    *([f"{given.steps}-steps"] if given.steps else [])])
     if not given.table:
@@ -86,7 +87,7 @@ def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], j
         export_teacher(study.base, given.run, partial)
         partial.rename(teacher)
     models = {f"{arm}.{encoding}": given.out / arm / MODEL.format(encoding) for arm, encoding in arms}
-    complete(list(models.values()))
+    complete(given.out, list(models.values()))
     models = {TEACHER: teacher} | models
     shared = ["--split", "test", "-n", str(given.count), "--images", str(IMAGES), "--device", given.device,
               "--keep", "none"]
@@ -96,9 +97,9 @@ def draw(given: argparse.Namespace, study: Study, arms: list[tuple[str, str]], j
            for label, model in models.items() for shard in range(given.shards)], given.at_once)
 
 
-def complete(models: list[Path]) -> None:
-    """Arms may come home from a lent machine as transformers alone; the rest is the same for all."""
-    whole = [model for model in models if (model / "model_index.json").is_file()]
+def complete(out: Path, models: list[Path]) -> None:
+    """Arms may come home from a lent machine as transformers alone; the rest is the same for all arms in `out`."""
+    whole = [index.parent for index in sorted(out.glob("*/model-*/model_index.json"))]
     for model in models:
         if whole and model not in whole:
             shutil.copytree(whole[0], model, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)

@@ -65,18 +65,18 @@ def test_the_table_tells_what_was_judged(tmp_path, quality):
 
 
 def test_arms_that_came_home_as_transformers_are_completed(tmp_path, quality):
-    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    whole, bare = tmp_path / "ours" / "model-binary", tmp_path / "usual" / "model-ternary"
     for model in (whole, bare):
         (model / "transformer").mkdir(parents=True)
         (model / "transformer" / "weights").write_text(model.name)
-    quality.complete([bare, whole])  # nothing to complete with
+    quality.complete(tmp_path, [bare])  # nothing to complete with
     assert [path.name for path in bare.iterdir()] == ["transformer"]
     (whole / "vae").mkdir()
     (whole / "vae" / "weights").write_text("shared")
     (whole / "model_index.json").write_text("{}")
-    quality.complete([bare, whole])
+    quality.complete(tmp_path, [bare])
     assert {path.name for path in bare.iterdir()} == {"transformer", "vae", "model_index.json"}
-    assert (bare / "transformer" / "weights").read_text() == "bare"
+    assert (bare / "transformer" / "weights").read_text() == "model-ternary"
 
 
 def test_students_are_compared_in_four_steps_of_the_teacher_and_in_equal_ones(tmp_path, monkeypatch, capsys):
@@ -118,7 +118,7 @@ def test_a_study_from_its_training_to_its_table(tmp_path, monkeypatch):
 
     run("-m", "linocut.train.stages", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), *stages,
         "--device", "cpu")
-    with pytest.raises(AssertionError, match="no such arm of the study is trained yet"):
+    with pytest.raises(AssertionError, match="not trained yet: never-trained, ours, usual; run"):
         run(str(ROOT / "benchmarks" / "quality.py"), str(tmp_path / "study.toml"), *where)
     run("-m", "linocut.train.study", str(tmp_path / "study.toml"), *where, *arms, "--encoding", "ternary")
     command = [str(ROOT / "benchmarks" / "quality.py"), str(tmp_path / "study.toml"), *where, "-n", "6",
@@ -136,5 +136,7 @@ def test_a_study_from_its_training_to_its_table(tmp_path, monkeypatch):
     told = run(*one, "usual")
     assert (told.count("exit code 0"), told.count("shard 1/2"), told.count("| ternary |")) == (4, 2, 1)
     assert run(*one, "ours").count("| ternary |") == 2  # what was judged before is told again
+    with pytest.raises(AssertionError, match="not trained yet: never-trained; run"):
+        run(*command, "--arm", "never-trained", "--arm", "ours")
     with pytest.raises(AssertionError, match=r"unknown arms \['mine'\]; the study has ours, usual, never-trained"):
         run(*command, "--arm", "mine")

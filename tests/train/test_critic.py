@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linocut.train.critic import Critic
+from linocut.train.critic import Critic, Heads
 from linocut.train.loop import Ranks
 from linocut.train.qat import Distillation
 
@@ -79,6 +79,24 @@ def test_a_critic_goes_on_where_it_was():
     assert all(torch.equal(value, again.saved()[name]) for name, value in first.saved().items())
     fresh = Critic(2, 5, 0.5, ALONE, Critic(2, 5, 0.5, ALONE).saved())  # saved before its first batch
     fresh(Plain(), v, target, x, sigma, text, COUNTS, 1.0)
+
+
+def test_heads_side_by_side_are_torchs_layers_one_by_one():
+    torch.manual_seed(0)
+    heads = Heads(3, 5)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = [torch.randn(2, 6, 5) for _ in range(3)]
+    for block, found in enumerate(heads(tokens)):
+        norm, inner, outer = torch.nn.LayerNorm(5), torch.nn.Linear(5, 128), torch.nn.Linear(128, 1)
+        weights = ((norm.weight, heads.scale[block, 0]), (norm.bias, heads.shift[block, 0]),
+                   (inner.weight, heads.inner[block].T), (inner.bias, heads.inner_bias[block, 0]),
+                   (outer.weight, heads.outer[block].T), (outer.bias, heads.outer_bias[block, 0]))
+        with torch.no_grad():
+            for parameter, value in weights:
+                parameter.copy_(value)
+            expected = torch.nn.Sequential(norm, inner, torch.nn.SiLU(), outer)(tokens[block]).flatten()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
