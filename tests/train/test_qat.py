@@ -75,11 +75,27 @@ def test_the_normalized_loss_counts_errors_in_units_of_what_prompts_decide():
     objective = Objective("normalized", 0.0, 2, ALONE)
     loss = objective(v, target, x, SIGMA, STAGE, EVEN)
     wanted = torch.stack([pictures[:4].var(0).mean(), pictures[4:].var(0).mean() / 0.25])
-    torch.testing.assert_close(objective.variance, wanted)
+    torch.testing.assert_close(objective.unit, wanted)
     assert float(loss) == pytest.approx(float((1e-4 / wanted).mean()), rel=1e-3)
-    before = objective.variance.clone()
+    before = objective.unit.clone()
     objective(v, target, x + pictures, SIGMA, STAGE, EVEN)  # pictures twice as far apart
-    torch.testing.assert_close(objective.variance, 1.03 * before)  # a running mean
+    torch.testing.assert_close(objective.unit, 1.03 * before)  # a running mean
+
+
+def test_the_balanced_loss_counts_errors_in_proportion():
+    """A step where errors are ten times as large as at another one pulls no harder: its gradient is that of a log."""
+    v, target, x = batch()
+    v[4:] = target[4:] + 10 * (v[4:] - target[4:])
+    v.requires_grad_(True)
+    objective = Objective("balanced", 0.0, 2, ALONE)
+    loss = objective(v, target, x, SIGMA, STAGE, EVEN)
+    errors = torch.stack([(v - target)[rows].square().mean() for rows in (slice(4), slice(4, 8))])
+    torch.testing.assert_close(loss, errors.mean())  # what is reported stays a mean squared error
+    logs = torch.autograd.grad(errors.log().sum() * errors.mean().detach() / 2, v, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, v), logs)
+    before = objective.unit.clone()
+    objective(target + 2 * (v.detach() - target), target, x, SIGMA, STAGE, EVEN)  # errors four times as large
+    torch.testing.assert_close(objective.unit, 1.03 * before)  # a running mean
 
 
 def test_contrast_sees_a_student_that_reads_no_prompt():

@@ -58,7 +58,7 @@ class Distillation:
         mean: Tensor | None = None
         if self.saved:
             mean = self.saved["mean"].to(ranks.device)
-            self.objective.variance.copy_(self.saved["variance"])
+            self.objective.unit.copy_(self.saved["unit"])
             self.snapshot.restore_random(self.saved)
         first = schedule.step
         for step in schedule:
@@ -96,7 +96,7 @@ class Distillation:
                 with self.average.installed():
                     self.sheet(step)
             if schedule.saves:
-                own = {"frozen": torch.tensor(frozen), "mean": mean, "variance": self.objective.variance}
+                own = {"frozen": torch.tensor(frozen), "mean": mean, "unit": self.objective.unit}
                 if self.critic is not None:
                     own |= {f"critic.{name}": value for name, value in self.critic.saved().items()}
                 for index, batch in enumerate(batches):

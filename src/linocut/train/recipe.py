@@ -19,7 +19,7 @@ from linocut.quantize.policy import FLUX2_PRESETS, Policy
 from linocut.quantize.rounding import FAKE_METHODS
 
 T = TypeVar("T")
-LOSSES = ("velocity", "normalized")
+LOSSES = ("velocity", "normalized", "balanced")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -140,7 +140,8 @@ class QatSettings(StageSettings):
     (`quantize.rounding`) or BitNet's "absmean", to compare with.
 
     `loss` is the mean squared error of the "velocity", or that divided by what part of the velocity prompts decide at
-    each step of the grid ("normalized": the variance over prompts of the clean picture that the teacher foresees).
+    each step of the grid ("normalized": the variance over prompts of the clean picture that the teacher foresees) or by
+    how large it was lately there ("balanced": all steps get better in proportion).
     `contrast` weighs the error of the difference that another prompt makes to the velocity, at the first half of the
     grid, where rows then go in pairs with the same noise. For the last share `freeze` of the schedule codes stay as the
     average has them, and scales and dense tensors learn on. Gradients of `accumulate` batches make one update. Every
