@@ -225,13 +225,13 @@ def test_numbers_survive_to_the_last_digit(tmp_path):
     assert [path.name for path in (tmp_path / "state").glob("step.*")] == ["step.6"]
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory) -> Path:
-    """A run folder with an untrained teacher, and a recipe with every option on."""
+@pytest.fixture(scope="module", params=["normalized", "balanced"])
+def begun(request, tmp_path_factory) -> Path:
+    """A run folder with an untrained teacher, and a recipe with every option on, with either loss that remembers."""
     root = tmp_path_factory.mktemp("qat")
     file = write_recipe(root)
     text = file.read_text().replace("[ternary]\ncalibrate = 8\npixels = 0.9\nsteps = 6\nbatch = 4", "\n".join((
-        "[ternary]", "steps = 14", "batch = 8", "pixels = 0.9", 'loss = "normalized"', "contrast = 0.25",
+        "[ternary]", "steps = 14", "batch = 8", "pixels = 0.9", f'loss = "{request.param}"', "contrast = 0.25",
         "critic = 0.5", "freeze = 0.3", "residual = 0.5", "anneal = 0.3", "accumulate = 2", "save_every = 3",
         "sheet_every = 6")))
     assert "contrast" in text

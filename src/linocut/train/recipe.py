@@ -141,7 +141,7 @@ class QatSettings(StageSettings):
 
     `loss` is the mean squared error of the "velocity", or that divided by what part of the velocity prompts decide at
     each step of the grid ("normalized": the variance over prompts of the clean picture that the teacher foresees) or by
-    how large it was lately there ("balanced": all steps get better in proportion).
+    how large it was lately there ("balanced": a step counts by how much its error changes in proportion).
     `contrast` weighs the error of the difference that another prompt makes to the velocity, at the first half of the
     grid, where rows then go in pairs with the same noise. For the last share `freeze` of the schedule codes stay as the
     average has them, and scales and dense tensors learn on. Gradients of `accumulate` batches make one update. Every
