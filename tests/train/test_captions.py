@@ -15,7 +15,7 @@ from tiny_recipe import ROOT
 
 from linocut.train import captions as module
 from linocut.train.captions import fill, lexicon, normalize, noun_phrase, sample_captions, sample_wording, words_of
-from linocut.train.corpus import make_scenes
+from linocut.train.corpus import chunks, make_scenes
 from linocut.train.palette import BACKGROUNDS, COLOURS, WALLS, colour
 from linocut.train.prompts import GENEVAL_TASKS, sample_prompts
 from linocut.train.recipe import Recipe
@@ -142,6 +142,14 @@ def test_held_out_prompts_are_never_captions():
     assert not captions & {text for text, _ in often}
     made = make_scenes(replace(recipe(), held_out=tuple(held_out)), 0, 200)
     assert not {normalize(text) for group in made.captions for text in group} & {text for text, _ in often}
+
+
+def test_scenes_are_of_tasks_by_their_shares():
+    (part,) = chunks(recipe(), 3, 400, {"counting": 3.0, "position": 1.0, "colors": 0.0})
+    tasks = Counter(scene.task for scene in part.scenes)
+    assert set(tasks) == {"counting", "position"}
+    assert 260 < tasks["counting"] < 340
+    assert {scene.task for scene in make_scenes(recipe(), 3, 400).scenes} == set(TASKS)
 
 
 def test_a_held_out_prompt_is_passed_over():

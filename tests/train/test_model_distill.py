@@ -263,6 +263,7 @@ def test_the_klein_recipe_is_complete():
     (("batch = 8  ", "batch = 6  "), "ternary.batch must be a multiple of path.grid = 4"),
     (("composed = 0.2", "compose = 0.2"), "unknown keys ['compose'] in [prompts]"),
     (("prompts.txt", "none.txt"), "none.txt cannot be read"),
+    (("[ternary]", "[ternary]\ntasks = {counting = 1}"), "ternary.tasks is for recipes with scenes"),
     (("[ternary]", '[ternary]\nstart = "runs"'), "ternary.start is for recipes that train their own teacher"),
 ])
 def test_recipes_that_do_not_fit_are_refused(tmp_path, change, message):

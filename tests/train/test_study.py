@@ -16,9 +16,11 @@ from linocut.errors import UsageError
 from linocut.formats.checkpoint import Checkpoint
 from linocut.formats.packed import dequantize
 from linocut.quantize.rounding import quantize_tensor
+from linocut.train import distill
 from linocut.train.dataset import edges
 from linocut.train.export import export
 from linocut.train.recipe import Recipe
+from linocut.train.scenes import TASKS
 from linocut.train.stages import run_stage
 from linocut.train.study import REPORT, Study, run_arm, table
 
@@ -142,6 +144,18 @@ def test_an_arm_that_breaks_fails_the_command_but_not_the_others(trained, tmp_pa
     assert "muon" in done.stdout
     assert (tmp_path / "muon" / REPORT.format("binary")).is_file()
     assert (tmp_path / "muon" / "model-binary" / "model_index.json").is_file()
+
+
+def test_an_arm_reads_the_kinds_of_prompts_that_it_asks_for(trained, tmp_path, monkeypatch):
+    text = (trained / "study.toml").read_text() + "[arms.counting.qat]\ntasks = {counting = 1}\n"
+    (trained / "counting.toml").write_text(text)
+    study, seen = Study.from_file(trained / "counting.toml"), []
+    made = distill.caption_bank
+    monkeypatch.setattr(distill, "caption_bank", lambda *given: seen.append(given[-1]) or made(*given))
+    monkeypatch.setattr("linocut.train.study.measure", lambda *_: {})
+    for arm in ("counting", "plain"):
+        run_arm(study.arms[arm], study.base, "binary", trained / "run", tmp_path / arm, "cpu")
+    assert seen == [{"counting": 1}, TASKS]
 
 
 def test_an_arm_is_measured_by_the_path_of_the_recipe(trained, tmp_path, monkeypatch):

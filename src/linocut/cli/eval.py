@@ -149,11 +149,13 @@ def _report(root: Path, against: Path | None, as_json: bool) -> None:
 def detector_command(recipe: Path, out: Path, sprites: Path, device: str | None, until: float, measure: bool) -> None:
     """Train the detector of the embedded world by RECIPE (recipes/embedded/detector.toml), and measure it."""
     from linocut.eval.world_training import DetectorRecipe, measure_again, train_detector
+    from linocut.train.loop import leave_group
 
     if measure:
         measure_again(DetectorRecipe.from_file(recipe), out, sprites, device)
         return
     train_detector(DetectorRecipe.from_file(recipe), out, sprites, device, until)
+    leave_group()
 
 
 @command.command("fidelity", context_settings=HELP)

@@ -158,7 +158,7 @@ class Field:
 
     def pictures(self, x: Tensor) -> list[Image]:
         """As `decode`, as pictures."""
-        return [to_image(pixels) for pixels in self.decode(x)]
+        return [to_image(pixels) for pixels in self.decode(x).cpu()]  # one wait for the device, not one a picture
 
 
 def label_of(model: str, taken: Sequence[str] = ()) -> tuple[str, str]:

@@ -82,9 +82,10 @@ class WorldDetector:
     @torch.no_grad()
     def look_at(self, image: Tensor) -> list[Sight]:
         """As `look`, for pictures as a tensor [B, 3, H, W] in [-1, 1], sides multiples of 32."""
-        peaks = find_peaks(self.network, image.to(self.device).contiguous(memory_format=torch.channels_last))
-        keep = without_doubles(peaks)
-        return self._sights(peaks, keep)
+        found = find_peaks(self.network, image.to(self.device).contiguous(memory_format=torch.channels_last))
+        # What follows is small and asks for single numbers, for each of which a device would have to be waited for.
+        peaks = Peaks(found.score.cpu(), found.classes.cpu(), found.colours.cpu(), found.boxes.cpu())
+        return self._sights(peaks, without_doubles(peaks))
 
     def _sights(self, peaks: Peaks, keep: Tensor) -> list[Sight]:
         """An object is told of under every class that is likely enough, as detectors do that score classes apart."""

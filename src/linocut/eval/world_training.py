@@ -31,7 +31,7 @@ from linocut.eval.world_network import STRIDE, NetworkConfig, WorldNetwork
 from linocut.eval.world_scenes import Labelled, WorldScenes, redraw, square_to
 from linocut.models.autoencoder import Autoencoder
 from linocut.train.autoencoder import save_grid
-from linocut.train.loop import Ranks, Schedule, autocast, chosen_device, stop_in_order
+from linocut.train.loop import Ranks, Schedule, autocast, chosen_device, leave_group, stop_in_order
 from linocut.train.optimize import Average, set_rate
 from linocut.train.palette import COLOURS
 from linocut.train.recipe import StageSettings
@@ -260,6 +260,7 @@ def main() -> None:
         return
     train_detector(DetectorRecipe.from_file(options.recipe), options.out, options.sprites, options.device,
                    options.until)
+    leave_group()
 
 
 if __name__ == "__main__":

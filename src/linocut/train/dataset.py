@@ -6,7 +6,7 @@ batches and only their latents are kept (a 256-px scene is 32 kB).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from linocut.train.loop import autocast
 from linocut.train.naming import names_of
 from linocut.train.recipe import Recipe
 from linocut.train.render import SceneRenderer
+from linocut.train.scenes import TASKS
 from linocut.train.tokenizer import save_tokenizer, train_tokenizer
 from linocut.train.vocabulary import every_name, objects
 
@@ -66,9 +67,10 @@ class Captions:
         return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
-def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: int, device: torch.device) -> Captions:
-    """Captions alone, for stages that learn from a teacher and need no pictures."""
-    texts = (text for part in chunks(recipe, rank, scenes) for group in part.captions for text in group)
+def caption_bank(recipe: Recipe, tokenizer: PromptTokenizer, rank: int, scenes: int, device: torch.device,
+                 shares: Mapping[str, float] = TASKS) -> Captions:
+    """Captions alone, for stages that learn from a teacher and need no pictures. `shares` are those of tasks."""
+    texts = (text for part in chunks(recipe, rank, scenes, shares) for group in part.captions for text in group)
     return Captions.build(tokenizer, texts, device)
 
 

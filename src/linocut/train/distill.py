@@ -31,6 +31,7 @@ from linocut.train.optimize import Average, make_optimizers
 from linocut.train.painter import Painter, grid_levels
 from linocut.train.qat import Distillation
 from linocut.train.recipe import QatSettings, Recipe
+from linocut.train.scenes import TASKS
 from linocut.train.snapshot import Snapshot
 from linocut.train.teacher import draw_held_out, held_out_latents
 from linocut.train.visibility import PICTURES, channel_weights
@@ -57,7 +58,8 @@ def train_quantized(recipe: Recipe, encoding: str, run: Path, ranks: Ranks) -> N
     done, saved = snapshot.restore()
     schedule = Schedule(settings, ranks, done)
     if schedule.steps > schedule.step:
-        captions = caption_bank(recipe, tokenizer, 50 + ranks.rank, settings.scenes, device)
+        captions = caption_bank(recipe, tokenizer, 50 + ranks.rank, settings.scenes, device,
+                                settings.tasks or TASKS)
         if settings.calibrate and not settings.start and not schedule.step:
             _calibrate(recipe, teacher, student, captions, encoding, settings.calibrate)
             ranks.share(student.transformer)

@@ -89,6 +89,8 @@ class ModelRecipe:
                                  f"twice that with contrast; found {getattr(recipe, name).batch}")
             if getattr(recipe, name).pixels:
                 raise UsageError(f"{path}: {name}.pixels is for recipes with an autoencoder; take it out")
+            if getattr(recipe, name).tasks:
+                raise UsageError(f"{path}: {name}.tasks is for recipes with scenes; take it out, and see [prompts]")
             if getattr(recipe, name).start:
                 raise UsageError(f"{path}: {name}.start is for recipes that train their own teacher; take it out")
         if not recipe.sizes or any(len(size) != 2 for size in recipe.sizes):

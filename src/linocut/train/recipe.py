@@ -17,6 +17,7 @@ from linocut.errors import UsageError
 from linocut.models.configs import AutoencoderConfig, Flux2Config, Qwen3Config
 from linocut.quantize.policy import FLUX2_PRESETS, Policy
 from linocut.quantize.rounding import FAKE_METHODS
+from linocut.train.scenes import TASKS
 
 T = TypeVar("T")
 LOSSES = ("velocity", "normalized", "balanced")
@@ -132,7 +133,8 @@ class PathSettings:
 
 @dataclass(frozen=True)
 class QatSettings(StageSettings):
-    """`scenes` captions per process (times data.captions); `residual` share of the float weights, annealed to 0 over
+    """`scenes` captions per process (times data.captions), of tasks by their shares `tasks` (any sum; those of
+    `train.scenes` if left out); `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
     prompts (0 for none) the student starts from GPTQ codes; with `start`, a folder relative to the recipe's, from what
     another run made: latent weights that this stage left there, or a packed model with a student of this encoding
@@ -166,6 +168,7 @@ class QatSettings(StageSettings):
     dense_lr: float = 0.0
     pixels: float = 0.0
     critic: float = 0.0
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -180,6 +183,9 @@ class QatSettings(StageSettings):
                              f"{self.accumulate} and {self.contrast}")
         _check_share("pixels", self.pixels)
         _check_share("critic", self.critic)  # beyond 1 it could drive errors up for ever
+        if set(self.tasks) - set(TASKS) or any(share < 0 for share in self.tasks.values()) or (
+                self.tasks and not sum(self.tasks.values()) > 0):
+            raise UsageError(f"tasks are shares, 0 or more and not all 0, of {', '.join(TASKS)}; found {self.tasks}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, combinations
@@ -90,9 +90,10 @@ def pair_split(first: int, second: int) -> str:
     return split_of(" & ".join(sorted((objects()[first].name, objects()[second].name))))
 
 
-def sample_scene(rng: random.Random, task: str | None = None, split: str = "train") -> Scene:
-    """A random scene of `task`, or of a task drawn by the shares in TASKS; its pairs of things are all of `split`."""
-    task = task or rng.choices(list(TASKS), list(TASKS.values()))[0]
+def sample_scene(rng: random.Random, task: str | None = None, split: str = "train",
+                 shares: Mapping[str, float] = TASKS) -> Scene:
+    """A random scene of `task`, or of a task drawn by `shares`; its pairs of things are all of `split`."""
+    task = task or rng.choices(list(shares), list(shares.values()))[0]
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
     while True:
