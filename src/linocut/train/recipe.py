@@ -183,7 +183,8 @@ class QatSettings(StageSettings):
                              f"{self.accumulate} and {self.contrast}")
         _check_share("pixels", self.pixels)
         _check_share("critic", self.critic)  # beyond 1 it could drive errors up for ever
-        if set(self.tasks) - set(TASKS) or any(share < 0 for share in self.tasks.values()) or (
+        if not isinstance(self.tasks, Mapping) or set(self.tasks) - set(TASKS) or not all(
+                isinstance(share, int | float) and share >= 0 for share in self.tasks.values()) or (
                 self.tasks and not sum(self.tasks.values()) > 0):
             raise UsageError(f"tasks are shares, 0 or more and not all 0, of {', '.join(TASKS)}; found {self.tasks}")
 
