@@ -135,7 +135,7 @@ class PathSettings:
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions), of tasks by their shares `tasks` (any sum; those of
     `train.scenes` if left out); `residual` share of the float weights, annealed to 0 over
-    `anneal` of the schedule; by 60 % of it a share `on_policy` of the states are the student's own. With `calibrate`
+    `anneal` of the schedule; by half of it a share `on_policy` of the states are the student's own. With `calibrate`
     prompts (0 for none) the student starts from GPTQ codes; with `start`, a folder relative to the recipe's, from what
     another run made: latent weights that this stage left there, or a packed model with a student of this encoding
     (`warm`). `rounding` of ternary weights: "tied"
