@@ -11,6 +11,7 @@
 | parity   | every kernel against the reference, whole steps, graphs                   |  80 |
 | tune     | every route and tile at every shape, kept in LINOCUT_CACHE                |  70 |
 | step     | the packed step: accuracies, sizes, time, memory                          |  30 |
+| together | 1, 4 and 32 pictures of the embedded model's size through a step          |  40 |
 | dense    | the same in dense bfloat16                                                |   5 |
 | compiled | the same compiled, at 1024 px also with cuDNN's attention                 |  60 |
 | text     | the text encoder: packed, dense, compiled                                 |  25 |
@@ -52,10 +53,10 @@ from on_gpu.bench import Bench, alive, release
 from on_gpu.plot import plot
 
 SECTIONS = {"device": products.device, "parity": parity.parity, "tune": products.tune, "step": steps.step,
-            "dense": steps.dense, "compiled": steps.compiled, "text": pictures.text, "decode": pictures.decode,
-            "picture": pictures.picture, "batch": pictures.batch, "cold": cold.cold, "budget": budget.budget,
-            "products": products.products, "rows": products.row_kernels, "profile": steps.profile,
-            "embedded": pictures.embedded, "gemlite": gemlite.gemlite}
+            "together": steps.together, "dense": steps.dense, "compiled": steps.compiled, "text": pictures.text,
+            "decode": pictures.decode, "picture": pictures.picture, "batch": pictures.batch, "cold": cold.cold,
+            "budget": budget.budget, "products": products.products, "rows": products.row_kernels,
+            "profile": steps.profile, "embedded": pictures.embedded, "gemlite": gemlite.gemlite}
 
 
 def main() -> int:

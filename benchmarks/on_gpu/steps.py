@@ -1,16 +1,19 @@
-"""Sections `step`, `profile`, `dense` and `compiled`: one denoising step, packed and dense."""
+"""Sections `step`, `together`, `profile`, `dense` and `compiled`: one denoising step, packed and dense."""
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product as pairs
 from typing import Any
 
 import torch
 
 from linocut.kernels.gpu import runtime
+from linocut.models import flux2_gpu
 from linocut.models.configs import Flux2Config
 from linocut.models.flux2_gpu import GpuTransformer
-from on_gpu.bench import LEVELS, Bench, level, line, peak, release, say, seconds, step_inputs, synchronize
+from linocut.pipeline.generate import Pipeline
+from on_gpu.bench import LEVELS, Bench, level, line, peak, relative, release, say, seconds, step_inputs, synchronize
 from on_gpu.networks import DEVICE, compile_blocks, dense_network, fp8_network, packed_network
 
 
@@ -49,6 +52,42 @@ def step(bench: Bench) -> list[dict[str, Any]]:
         del network
         release()
     return found
+
+
+def together(bench: Bench) -> list[dict[str, Any]]:
+    """A step of several pictures of the embedded model's shape: through the network together, one after another, and
+    together by the layers as they are written."""
+    config, side, text = bench.config, bench.sides[0], bench.text
+    if not bench.toy:
+        folder = Pipeline.from_pretrained("embedded", device="cpu").folder
+        config, side = Flux2Config.from_dict(folder.config("transformer")), 256
+        text = int(folder.settings["text_length"])
+    found = []
+    for encoding in bench.encodings:
+        network = packed_network(config, encoding)
+        for many in (2,) if bench.toy else (1, 4, 32):
+            latents, features, mod, image_ids, text_ids = step_inputs(bench, config, side, batch=many)
+            found.append({"encoding": encoding, "pictures": many, **_together(
+                bench, network, [latents, features[:, :text], mod, image_ids, text_ids[:text]])})
+            say(line(found[-1]))
+            bench.ok &= found[-1]["difference"] < 0.02
+    return found
+
+
+def _together(bench: Bench, network: Any, given: list[Any]) -> dict[str, float]:
+    """Seconds of each way, and how far the results of the first two are apart."""
+    found, results, most = {}, [], flux2_gpu.BATCH_BYTES
+    for name, flux2_gpu.BATCH_BYTES in (("together", most), ("one by one", 0)):
+        run = GpuTransformer(network)
+        with level("exact"):
+            results.append(run(*given))
+            for _ in range(0 if bench.toy else 3):
+                run(*given)
+            found[name] = seconds(partial(run, *given), bench.rounds)
+    flux2_gpu.BATCH_BYTES = most
+    plain = [each.to(torch.bfloat16) for each in given[:2]]
+    found["layer by layer"] = seconds(partial(network, *plain, *given[2:]), bench.rounds)
+    return found | {"difference": relative(*results)}
 
 
 def profile(bench: Bench) -> dict[str, Any]:

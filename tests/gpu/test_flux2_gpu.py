@@ -110,7 +110,7 @@ def test_calls_do_not_depend_on_what_ran_before(model, device):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_pictures_of_a_batch_are_computed_one_by_one(model, device):
+def test_pictures_of_different_noise_are_computed_one_by_one(model, device):
     step, seen = GpuTransformer(there(model, device)), []
     latents, text, sigma, *ids = inputs(model.config, device, batch=2)
     both = step(latents, text, sigma, *ids, on_block=lambda done, total: seen.append((done, total)))
@@ -120,6 +120,21 @@ def test_pictures_of_a_batch_are_computed_one_by_one(model, device):
         part = slice(i, i + 1)
         one = Modulations(*(tuple(vector[part].to(device) for vector in vectors) for vectors in mod))
         assert relative(step(latents[part], text[part], one, *ids), both[part]) < 1e-4
+
+
+@torch.no_grad()
+def test_pictures_of_the_same_noise_go_through_together(model, device, monkeypatch):
+    """As many as a limit of memory allows; each comes out as it does alone."""
+    step, seen = GpuTransformer(there(model, device)), []
+    latents, text, sigma, *ids = inputs(model.config, device, batch=3)
+    mod = model.modulations(sigma[:1].cpu())
+    mod = Modulations(*(tuple(vector.to(device) for vector in vectors) for vectors in mod))
+    alone = torch.cat([step(latents[i:i + 1], text[i:i + 1], mod, *ids) for i in range(3)])
+    columns = 3 * model.config.width + 2 * model.config.mlp_width
+    monkeypatch.setattr(flux2_gpu, "BATCH_BYTES", 2 * (2 * (9 + 5) * columns) + 1)  # two pictures, bfloat16
+    together = step(latents, text, mod, *ids, on_block=lambda done, total: seen.append((done, total)))
+    assert seen == [(6, 9), (9, 9)]
+    assert relative(together, alone) < (1e-4 if device == "cpu" else 0.02)  # a GPU adds up in another order
 
 
 @pytest.mark.slow

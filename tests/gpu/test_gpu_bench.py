@@ -28,8 +28,9 @@ def test_a_rehearsal_runs_every_section(tmp_path):
                "--work", str(tmp_path / "models"), LINOCUT_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "toy.json").read_text())
-    assert set(found) == {"toy", "seconds", "device", "parity", "tune", "step", "dense", "compiled", "text", "decode",
-                          "picture", "batch", "cold", "budget", "products", "rows", "profile", "embedded", "gemlite"}
+    assert set(found) == {"toy", "seconds", "device", "parity", "tune", "step", "together", "dense", "compiled", "text",
+                          "decode", "picture", "batch", "cold", "budget", "products", "rows", "profile", "embedded",
+                          "gemlite"}
     assert not [name for name, value in found.items() if isinstance(value, dict) and "failed" in value]
     assert all(check["ok"] for check in found["parity"])
     assert {each["what"] for each in found["picture"]} == {"linocut ternary exact", "dense bf16 eager",

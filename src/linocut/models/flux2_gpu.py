@@ -4,9 +4,10 @@ As on the CPU (flux2_cpu.py), products read packed weights and rounded activatio
 residual stream is one float32 matrix of text rows and then image rows, and all memory of a step is taken once. Each
 product takes the route that suits its shape (kernels/gpu/tuning.py), and what comes before it writes the activations
 that the route reads. Residual additions wait for the next norm. From the second call of a size on the whole step is one
-CUDA graph.
+CUDA graph. Pictures too small to keep a GPU busy go through it together, text rows of all of them first.
 
-Shape letters as in flux2.py: T text tokens, I image tokens, S = T + I, D width, F MLP width, H heads, K head width.
+Shape letters as in flux2.py: B batch, T text tokens, I image tokens, S = T + I, D width, F MLP width, H heads, K head
+width.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ DTYPE = torch.bfloat16
 """Of what is kept between products."""
 TUNE_SECONDS = 20.0
 """Most seconds that measuring products takes before the first step of a size on a GPU that was never measured."""
+BATCH_BYTES = 128 << 20
+"""Most memory of a step's largest matrix that pictures of a batch may share: some 45 of the embedded model's squares
+go through together, those of large models one after another."""
 _PROMPTS = 2
 """Prompts whose embedded features are kept between steps: guidance alternates between two."""
 
@@ -52,7 +56,7 @@ class GpuTransformer:
         self._doubles = [_Double.of(block) for block in model.transformer_blocks]
         self._singles = [_Single.of(block) for block in model.single_transformer_blocks]
         self._scratch = Scratch(self.device)
-        self._sizes: dict[tuple[int, int], _Step] = {}
+        self._sizes: dict[tuple[int, int, int], _Step] = {}
         self._contexts: list[tuple[Tensor, Tensor]] = []
         self._graphs = graph and self.device.type == "cuda"
         self.graph_note: str | None = None if self._graphs else "graphs are for CUDA devices"
@@ -67,37 +71,44 @@ class GpuTransformer:
                  on_block: Callable[[int, int], None] | None = None) -> Tensor:
         """Predict the velocity [B, I, C]; the arguments are those of `Flux2Transformer.forward`.
 
-        Pictures go through one after another. on_block(done, total) is called after each picture's step, which takes
-        milliseconds and is not interrupted.
+        Pictures of one noise level go through as many at a time as BATCH_BYTES allows, others one after another.
+        on_block(done, total) is called after each such step, which takes milliseconds and is not interrupted.
         """
         model, batch = self.model, latents.shape[0]
         mod = sigma if isinstance(sigma, Modulations) else model.modulations(sigma, latents.dtype)
         velocity = []
         with runtime.on_device(latents):
-            step = self._step(latents, text, image_ids, text_ids)
             context = self._context(text)
             blocks = len(self._doubles) + len(self._singles)
-            for i in range(batch):
-                step.set(latents[i], context[i], mod, i)
+            many = self._at_once(text.shape[1] + latents.shape[1]) if len(mod.single[0]) == 1 else 1
+            for start in range(0, batch, many):
+                part = slice(start, min(start + many, batch))
+                step = self._step(latents[part], text[part], image_ids, text_ids)
+                step.set(latents[part], context[part], mod, start)
                 self._run(step)
-                velocity.append(step.velocity.to(latents.dtype, copy=True))
+                velocity.append(step.velocity.unflatten(0, (step.batch, -1)).to(latents.dtype, copy=True))
                 if on_block is not None:
                     if self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)
-                    on_block((i + 1) * blocks, batch * blocks)
-            return torch.stack(velocity)
+                    on_block(part.stop * blocks, batch * blocks)
+            return torch.cat(velocity)
+
+    def _at_once(self, tokens: int) -> int:
+        """Pictures of so many tokens that go through a step together."""
+        return max(1, BATCH_BYTES // (tokens * _columns(self.config) * DTYPE.itemsize))
 
     def _step(self, latents: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor) -> _Step:
-        key = (text.shape[1], latents.shape[1])
+        key = (latents.shape[0], text.shape[1], latents.shape[1])
         step = self._sizes.pop(key, None)
         if step is None:
             self._sizes.clear()  # let go of the other size's memory first
-            step = _Step(self.config, *key, self.device, self._shapes(*key))
+            batch, *tokens = key
+            step = _Step(self.config, *key, self.device, self._shapes(*(batch * each for each in tokens)))
         self._sizes[key] = step
         if step.ids is None or step.ids[0] is not image_ids or step.ids[1] is not text_ids:
             cos, sin = self.model.rope(latents, text, image_ids, text_ids)
-            step.rope[0].copy_(cos[:, 0])
-            step.rope[1].copy_(sin[:, 0])
+            for table, of_picture in zip(step.rope, (cos, sin), strict=True):
+                table.copy_(step.by_stream(of_picture[:, 0].expand(step.batch, -1, -1)))
             step.ids = (image_ids, text_ids)
         return step
 
@@ -190,16 +201,18 @@ class _Pending:
 
 
 class _Step:
-    """The memory of a step of T text and I image tokens, which a graph reads and writes wherever it is replayed."""
+    """The memory of a step of B pictures, which a graph reads and writes wherever it is replayed. Its rows are the text
+    tokens of all pictures, then their image tokens; `text` and `image` say how many of either there are."""
 
-    def __init__(self, config: Flux2Config, text: int, image: int, device: torch.device,
+    def __init__(self, config: Flux2Config, batch: int, text: int, image: int, device: torch.device,
                  shapes: Sequence[Shape]) -> None:
-        width, hidden, tokens = config.width, config.mlp_width, text + image
-        self.text, self.image, self.config, self.device = text, image, config, device
+        self.batch, self.config, self.device = batch, config, device
+        self.text, self.image = text, image = batch * text, batch * image
+        width, tokens = config.width, text + image
         self.choices = _choose(shapes, device)
         self.x = torch.empty(tokens, width, device=device)
         self.y = torch.empty(tokens, width, dtype=DTYPE, device=device)
-        wide = torch.empty(tokens * (3 * width + 2 * hidden), dtype=DTYPE, device=device)
+        wide = torch.empty(tokens * _columns(config), dtype=DTYPE, device=device)
         self.wide = wide.view(tokens, -1)
         """[S, 3D + 2F]: q | k | v | gates | values of a single-stream block."""
         self.qkv = wide[: tokens * 3 * width].view(tokens, -1)
@@ -222,9 +235,10 @@ class _Step:
             self.activations(choice.route.kind, shape.m, shape.n)
 
     def set(self, latents: Tensor, context: Tensor, mod: Modulations, picture: int) -> None:
-        """Put in what a picture's step starts from."""
-        self.latents.copy_(latents)
-        self.context.copy_(context)
+        """Put in what a step starts from: latents [B, I, C], context [B, T, D], and the modulations of them all or, if
+        pictures have their own, of number `picture`."""
+        self.latents.copy_(latents.flatten(0, 1))
+        self.context.copy_(context.flatten(0, 1))
         vectors = [vector[picture if vector.shape[0] > 1 else 0, 0].float()
                    for part in (mod.image, mod.text, mod.single, mod.out) for vector in part]
         self._modulations[:17].copy_(torch.stack(vectors))
@@ -257,12 +271,30 @@ class _Step:
         self.pending.append(_Pending(tokens.start, tokens.stop, y, gate))
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attention over all tokens of q, k and v in the first columns of qkv [S, ...]: bfloat16 [S, D]."""
+        """Attention over a picture's tokens of q, k and v in the first columns of qkv [B S, ...]: bfloat16 [B S, D]."""
         config = self.config
-        q, k, v = (qkv[:, i * config.width : (i + 1) * config.width].unflatten(1, (config.num_attention_heads, -1))
-                   .transpose(0, 1)[None] for i in range(3))
+        q, k, v = (part.unflatten(2, (config.num_attention_heads, -1)).transpose(1, 2)
+                   for part in self.by_picture(qkv[:, : 3 * config.width]).chunk(3, dim=2))
         with _attention_order(self.device):
-            return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
+            return self.by_stream(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def by_picture(self, rows: Tensor) -> Tensor:
+        """Rows [B S, N] in the step's order as [B, S, N]."""
+        if self.batch == 1:
+            return rows[None]
+        return torch.cat([part.unflatten(0, (self.batch, -1)) for part in rows.split([self.text, self.image])], dim=1)
+
+    def by_stream(self, x: Tensor) -> Tensor:
+        """x [B, S, N] as rows [B S, N] in the step's order."""
+        if self.batch == 1:
+            return x[0]
+        tokens = [self.text // self.batch, self.image // self.batch]
+        return torch.cat([part.flatten(0, 1) for part in x.split(tokens, dim=1)])
+
+
+def _columns(config: Flux2Config) -> int:
+    """Of a step's largest matrix, one row per token."""
+    return 3 * config.width + 2 * config.mlp_width
 
 
 @contextlib.contextmanager
