@@ -47,11 +47,9 @@ def judge(runs: Sequence[Judging], at_once: int) -> None:
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, "-m", "linocut", "eval", "geneval", "--out", str(run.folder),
                            "--shard", run.shard, *run.arguments]
-                # As many threads as there are cores for each, else they wait for one another on the same cores.
-                threads = str(max(1, (os.cpu_count() or 1) // at_once))
                 place = min(places, key=[taken for *_, taken in running].count) if "cuda" in run.arguments else None
                 with run.log.open("wb") as log:
-                    here = {} if place is None else {"CUDA_VISIBLE_DEVICES": place, "OMP_NUM_THREADS": threads}
+                    here = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
                     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                                env=os.environ | here | run.environment)
                 running.append((run, process, place))

@@ -133,15 +133,18 @@ def test_no_time_left_still_writes_a_detector(sprites, tmp_path):
     assert WorldDetector(tmp_path / "out").names == ("person", "bicycle", "car")
 
 
-def test_two_processes_train_together(sprites, tmp_path):
+@pytest.mark.parametrize("command", [["linocut.eval.world_training"], ["linocut", "eval", "detector"]])
+def test_two_processes_train_together_and_end_at_once(sprites, tmp_path, command):
+    """Where threads of a group are still there as Python ends, it may abort."""
     recipe(tmp_path, steps=4)
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'Python ends')\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE)}
-    command = [sys.executable, "-m", "linocut.eval.world_training", str(tmp_path / "detector.toml"), "--out",
-               str(tmp_path / "out"), "--sprites", str(sprites), "--device", "cpu"]
+                           "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE}"}
+    command = [sys.executable, "-m", *command, str(tmp_path / "detector.toml"), "--out", str(tmp_path / "out"),
+               "--sprites", str(sprites), "--device", "cpu"]
     processes = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                   env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     try:
@@ -150,6 +153,7 @@ def test_two_processes_train_together(sprites, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
+    assert "Python ends" not in "".join(said)
     assert "detector on 2 x cpu" in said[0]
     assert "detector on" not in said[1]
     assert WorldDetector(tmp_path / "out").accuracy

@@ -1,6 +1,7 @@
 """The parts of distillation: losses, the endgame, what is logged, and that a kill changes nothing in the end."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -325,7 +326,8 @@ def test_kills_change_nothing_in_the_end(begun, tmp_path):
 @pytest.mark.parametrize("wrong", [{"loss": "huber"}, {"freeze": 1.0}, {"accumulate": 0}, {"contrast": -1.0},
                                    {"critic": 1.5}, {"tasks": {"portraits": 1.0}}, {"tasks": 1.0},
                                    {"tasks": {"counting": 0.0}}, {"tasks": {"counting": -0.5, "position": 1.0}},
-                                   {"tasks": {"counting": "1"}}])
+                                   {"tasks": {"counting": "1"}}, {"tasks": {"counting": True}},
+                                   {"tasks": {"counting": math.inf}}, {"tasks": {"counting": math.nan}}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError):
         QatSettings(**wrong)

@@ -146,6 +146,12 @@ def test_an_arm_that_breaks_fails_the_command_but_not_the_others(trained, tmp_pa
     assert (tmp_path / "muon" / "model-binary" / "model_index.json").is_file()
 
 
+def test_what_else_might_help_is_compared_with_ours():
+    ours, plain = (Study.from_file(ROOT / "recipes" / "embedded" / f"{name}.toml").arms[arm]
+                   for name, arm in (("quality", "ours"), ("study", "plain")))
+    assert ours == plain
+
+
 def test_an_arm_reads_the_kinds_of_prompts_that_it_asks_for(trained, tmp_path, monkeypatch):
     text = (trained / "study.toml").read_text() + "[arms.counting.qat]\ntasks = {counting = 1}\n"
     (trained / "counting.toml").write_text(text)

@@ -22,7 +22,7 @@ from linocut.models.configs import AutoencoderConfig
 from linocut.models.flux2 import image_position_ids, text_position_ids
 from linocut.pipeline.generate import Pipeline
 from linocut.pipeline.request import Job, Request, make_request
-from linocut.pipeline.run import to_image
+from linocut.pipeline.run import to_images
 from linocut.pipeline.sampler import euler
 from linocut.pipeline.schedule import choose_schedule
 
@@ -158,7 +158,7 @@ class Field:
 
     def pictures(self, x: Tensor) -> list[Image]:
         """As `decode`, as pictures."""
-        return [to_image(pixels) for pixels in self.decode(x).cpu()]  # one wait for the device, not one a picture
+        return to_images(self.decode(x))
 
 
 def label_of(model: str, taken: Sequence[str] = ()) -> tuple[str, str]:

@@ -335,9 +335,14 @@ def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def to_image(pixels: Tensor) -> "Image":
     """[3, H, W] in [0, 1] to a PIL picture."""
+    return to_images(pixels[None])[0]
+
+
+def to_images(pixels: Tensor) -> "list[Image]":
+    """[B, 3, H, W] in [0, 1] to PIL pictures, with one wait for the device."""
     from PIL import Image
     levels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+    return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Every stage leaves its result in the run folder and can be run again from there.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +27,11 @@ LOSSES = ("velocity", "normalized", "balanced")
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise UsageError(f"{name} is a share: expected 0 to 1, found {value}")
+
+
+def _are_shares(tasks: object) -> bool:
+    return isinstance(tasks, Mapping) and set(tasks) <= set(TASKS) and all(
+        type(share) in (int, float) and 0 <= share < math.inf for share in tasks.values()) and any(tasks.values())
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class PathSettings:
 @dataclass(frozen=True)
 class QatSettings(StageSettings):
     """`scenes` captions per process (times data.captions), of tasks by their shares `tasks` (any sum; those of
-    `train.scenes` if left out); `residual` share of the float weights, annealed to 0 over
+    `train.scenes` if left out), which GPTQ sees, too; `residual` share of the float weights, annealed to 0 over
     `anneal` of the schedule; by half of it a share `on_policy` of the states are the student's own. With `calibrate`
     prompts (0 for none) the student starts from GPTQ codes; with `start`, a folder relative to the recipe's, from what
     another run made: latent weights that this stage left there, or a packed model with a student of this encoding
@@ -168,7 +174,7 @@ class QatSettings(StageSettings):
     dense_lr: float = 0.0
     pixels: float = 0.0
     critic: float = 0.0
-    tasks: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -183,9 +189,7 @@ class QatSettings(StageSettings):
                              f"{self.accumulate} and {self.contrast}")
         _check_share("pixels", self.pixels)
         _check_share("critic", self.critic)  # beyond 1 it could drive errors up for ever
-        if not isinstance(self.tasks, Mapping) or set(self.tasks) - set(TASKS) or not all(
-                isinstance(share, int | float) and share >= 0 for share in self.tasks.values()) or (
-                self.tasks and not sum(self.tasks.values()) > 0):
+        if self.tasks != {} and not _are_shares(self.tasks):
             raise UsageError(f"tasks are shares, 0 or more and not all 0, of {', '.join(TASKS)}; found {self.tasks}")
 
 
