@@ -13,7 +13,7 @@ is of all arms that are judged. It has for each encoding
 - keeps: its ratio to the teacher's, in percent;
 - from usual: the difference to the arm `usual`, in points, and McNemar's p;
 - gap closed: the share of the way from `usual` to the teacher;
-- from ours: the difference to the arm `ours`, in points, which is what the part that was left out is worth;
+- from ours: the difference to the arm `ours`, in points: what the arm's one change brings;
 - PSNR and edges: likeness to the teacher's pictures, and their sharpness beside it (`linocut.train.study.measure`).
 
 Intervals are of 95 %, by bootstrap over prompts. `quality.json`, beside the results in `OUT/judged-COUNT`, has it all,
@@ -112,14 +112,13 @@ def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, 
         right[label], tasks = outcomes(judged / label, label, IMAGES)
     estimates = dict(zip(right, scores(np.stack([each.mean(1) for each in right.values()], 1), tasks), strict=True))
     found: dict[str, Any] = {"device": facts(), "prompts": len(tasks), "images": IMAGES,
-                             TEACHER: {"score": estimates[TEACHER].to_dict()}}
+                             TEACHER: {"score": estimates[TEACHER].to_dict(), "tasks": by_task(right[TEACHER], tasks)}}
     for arm, encoding in arms:
         label = f"{arm}.{encoding}"
         usual, ours = (right.get(f"{other}.{encoding}") for other in (USUAL, OURS))
         row: dict[str, Any] = {"score": estimates[label].to_dict(),
                                "keeps": compare(right[TEACHER], right[label], tasks).ratio.to_dict(),
-                               "tasks": {name: float(right[label][tasks == index].mean())
-                                         for index, name in enumerate(GENEVAL_TASKS)},
+                               "tasks": by_task(right[label], tasks),
                                "training": json.loads((out / arm / REPORT.format(encoding)).read_text())}
         if usual is not None and arm != USUAL:
             against = compare(usual, right[label], tasks)
@@ -129,6 +128,11 @@ def compared(out: Path, arms: list[tuple[str, str]], judged: Path) -> dict[str, 
             row["from_ours"] = compare(ours, right[label], tasks).difference.to_dict()
         found.setdefault(encoding, {})[arm] = row
     return found
+
+
+def by_task(right: np.ndarray, tasks: np.ndarray) -> dict[str, float]:
+    """The share of right pictures in each task."""
+    return {name: float(right[tasks == index].mean()) for index, name in enumerate(GENEVAL_TASKS)}
 
 
 def plain(each: dict[str, Any]) -> str:
@@ -182,6 +186,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
         axis.axvline(100 * found[TEACHER]["score"]["value"], color="#444", linestyle="--", linewidth=1)
         axis.set(yticks=range(len(arms)), yticklabels=[arm for arm, _ in arms], title=encoding,
                  xlabel="mean of six tasks, % (dashed: teacher)")
+        axis.locator_params("x", nbins=6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
 
