@@ -77,16 +77,18 @@ def together(bench: Bench) -> list[dict[str, Any]]:
 def _together(bench: Bench, network: Any, given: list[Any]) -> dict[str, float]:
     """Seconds of each way, and how far the results of the first two are apart."""
     found, results, most = {}, [], flux2_gpu.BATCH_BYTES
-    for name, flux2_gpu.BATCH_BYTES in (("together", most), ("one by one", 0)):
-        run = GpuTransformer(network)
-        with level("exact"):
-            results.append(run(*given))
-            for _ in range(0 if bench.toy else 3):
-                run(*given)
-            found[name] = seconds(partial(run, *given), bench.rounds)
-    flux2_gpu.BATCH_BYTES = most
-    plain = [each.to(torch.bfloat16) for each in given[:2]]
-    found["layer by layer"] = seconds(partial(network, *plain, *given[2:]), bench.rounds)
+    with level("exact"):
+        try:
+            for name, flux2_gpu.BATCH_BYTES in (("together", most), ("one by one", 0)):
+                run = GpuTransformer(network)
+                results.append(run(*given))
+                for _ in range(0 if bench.toy else 3):
+                    run(*given)
+                found[name] = seconds(partial(run, *given), bench.rounds)
+        finally:
+            flux2_gpu.BATCH_BYTES = most
+        plain = [each.to(torch.bfloat16) for each in given[:2]]
+        found["layer by layer"] = seconds(partial(network, *plain, *given[2:]), bench.rounds)
     return found | {"difference": relative(*results)}
 
 

@@ -137,7 +137,8 @@ def test_no_time_left_still_writes_a_detector(sprites, tmp_path):
 def test_two_processes_train_together_and_end_at_once(sprites, tmp_path, command):
     """Where threads of a group are still there as Python ends, it may abort."""
     recipe(tmp_path, steps=4)
-    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'Python ends')\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit\nprint('Python begins')\natexit.register(print, 'Python ends')\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -153,7 +154,7 @@ def test_two_processes_train_together_and_end_at_once(sprites, tmp_path, command
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "Python ends" not in "".join(said)
+    assert all("Python begins" in each and "Python ends" not in each for each in said)
     assert "detector on 2 x cpu" in said[0]
     assert "detector on" not in said[1]
     assert WorldDetector(tmp_path / "out").accuracy

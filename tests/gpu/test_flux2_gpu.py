@@ -135,6 +135,9 @@ def test_pictures_of_the_same_noise_go_through_together(model, device, monkeypat
     together = step(latents, text, mod, *ids, on_block=lambda done, total: seen.append((done, total)))
     assert seen == [(6, 9), (9, 9)]
     assert relative(together, alone) < (1e-4 if device == "cpu" else 0.02)  # a GPU adds up in another order
+    backwards = step(latents.flip(0), text.flip(0), mod, *ids)  # on a GPU as a graph, of which both parts are replays
+    assert torch.equal(backwards.flip(0)[1:], together[1:])
+    assert relative(backwards.flip(0), alone) < (1e-4 if device == "cpu" else 0.02)
 
 
 @pytest.mark.slow

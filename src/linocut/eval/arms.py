@@ -1,7 +1,8 @@
 """The models that are compared: each draws the same prompts from the same noise.
 
 On a CPU pictures are drawn one by one by the pipeline that users run. On a GPU, where small models are drawn faster
-together, they go through the same networks, schedule and noise in batches.
+together, they go through the same networks, schedule and noise in batches. How a GPU's products are computed depends on
+how many go together, and so do the last bits of pictures (docs/gpu.md).
 
 Shape letters: B batch, I image tokens, C channels of a token, h and w the token grid.
 """

@@ -38,8 +38,8 @@ DTYPE = torch.bfloat16
 TUNE_SECONDS = 20.0
 """Most seconds that measuring products takes before the first step of a size on a GPU that was never measured."""
 BATCH_BYTES = 128 << 20
-"""Most memory of a step's largest matrix that pictures of a batch may share: some 45 of the embedded model's squares
-go through together, those of large models one after another."""
+"""Most memory of a step's largest matrix that pictures of a batch may share: 45 of the embedded model's squares go
+through together, klein's from 448 px on one after another."""
 _PROMPTS = 2
 """Prompts whose embedded features are kept between steps: guidance alternates between two."""
 
@@ -80,13 +80,16 @@ class GpuTransformer:
         with runtime.on_device(latents):
             context = self._context(text)
             blocks = len(self._doubles) + len(self._singles)
-            many = self._at_once(text.shape[1] + latents.shape[1]) if len(mod.single[0]) == 1 else 1
+            most = self._at_once(text.shape[1] + latents.shape[1]) if len(mod.single[0]) == 1 else 1
+            many = min(most, batch)
             for start in range(0, batch, many):
-                part = slice(start, min(start + many, batch))
+                first = min(start, batch - many)  # the last ones with some of before: one size of step for all
+                part = slice(first, first + many)
                 step = self._step(latents[part], text[part], image_ids, text_ids)
-                step.set(latents[part], context[part], mod, start)
+                step.set(latents[part], context[part], mod, first)
                 self._run(step)
-                velocity.append(step.velocity.unflatten(0, (step.batch, -1)).to(latents.dtype, copy=True))
+                fresh = step.velocity.unflatten(0, (many, -1))[start - first:]
+                velocity.append(fresh.to(latents.dtype, copy=True))
                 if on_block is not None:
                     if self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)

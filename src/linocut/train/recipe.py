@@ -190,7 +190,8 @@ class QatSettings(StageSettings):
         _check_share("pixels", self.pixels)
         _check_share("critic", self.critic)  # beyond 1 it could drive errors up for ever
         if self.tasks != {} and not _are_shares(self.tasks):
-            raise UsageError(f"tasks are shares, 0 or more and not all 0, of {', '.join(TASKS)}; found {self.tasks}")
+            raise UsageError(f"tasks are finite shares, 0 or more and not all 0, of {', '.join(TASKS)}; "
+                             f"found {self.tasks}")
 
 
 @dataclass(frozen=True)
